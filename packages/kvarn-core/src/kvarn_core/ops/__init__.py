@@ -1,0 +1,1 @@
+"""The operations on a compressed cache, one folder each: definition, reference, kernels."""

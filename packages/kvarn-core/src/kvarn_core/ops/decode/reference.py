@@ -1,0 +1,58 @@
+"""The definition of attention over the cache, in plain torch and fp32."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+
+from kvarn_core.ops.gather import gather
+from kvarn_core.rotation import rotate
+
+if TYPE_CHECKING:
+    from kvarn_core.layout import RecordLayout
+
+
+def decode(
+    query: torch.Tensor,
+    cache: torch.Tensor,
+    page_table: torch.Tensor,
+    seq_lens: torch.Tensor,
+    layout: RecordLayout,
+    sm_scale: float,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """See `kvarn_core.ops.decode.decode`."""
+    out = torch.zeros_like(query)
+    lse = torch.full(query.shape[:2], float("-inf"))
+    rotated = rotate(query)
+    for row, length in enumerate(seq_lens.tolist()):
+        if not length:
+            continue
+        one = slice(row, row + 1)
+        key, value, _ = gather(
+            cache, page_table[one], seq_lens[one], seq_lens[one] - 1, layout=layout
+        )
+        rows, lse[one] = attend(rotated[one], key, value, sm_scale)
+        out[one] = rotate(rows).to(query.dtype)
+    return out, lse
+
+
+def attend(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, sm_scale: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """See `kvarn_core.ops.decode.attend`."""
+    queries, q_heads, dim = query.shape
+    length, kv_heads, _ = key.shape
+    ratio = q_heads // kv_heads
+    q = query.view(queries, kv_heads, ratio, dim).permute(1, 2, 0, 3)  # [Hkv, ratio, Q, D]
+    k, v = key.transpose(0, 1)[:, None], value.transpose(0, 1)[:, None]  # [Hkv, 1, N, D]
+    scores = q @ k.mT * sm_scale
+    if queries > 1:
+        last_visible = torch.arange(length - queries, length)[:, None]
+        scores = scores.masked_fill(torch.arange(length)[None, :] > last_visible, float("-inf"))
+    lse = scores.logsumexp(-1)
+    out = (scores - lse[..., None]).exp() @ v
+    return (
+        out.permute(2, 0, 1, 3).reshape(queries, q_heads, dim),
+        lse.permute(2, 0, 1).reshape(queries, q_heads),
+    )

@@ -1,0 +1,67 @@
+"""Pages to contiguous keys and values, as one query position sees them."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+
+from kvarn_core.ops.gather import reference
+
+if TYPE_CHECKING:
+    from kvarn_core.layout import RecordLayout
+
+
+def gather(
+    cache: torch.Tensor,
+    page_table: torch.Tensor,
+    context_lens: torch.Tensor,
+    positions: torch.Tensor,
+    *,
+    layout: RecordLayout,
+    dtype: torch.dtype = torch.float32,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Read the first tokens of each request the way a query at a given position sees them.
+
+    A query at position p reads the sink rows (tokens < S0, if the request has a sink page and any
+    tile is packed), records of the other tokens of tiles below ``layout.packed_tiles(p, hits)``,
+    and exact rows after them.
+
+    Parameters
+    ----------
+    cache : Tensor [P, Hkv, layout.record_bytes], uint8
+        Pages. Read only.
+    page_table : Tensor [B, max_pages], int32
+        Header and record pages per request.
+    context_lens : Tensor [B], int32
+        Tokens to read of each request; at most p + 1 of them exist in the cache.
+    positions : Tensor [B], int32
+        Query position p of each request; decides what is packed and what is exact.
+    layout : RecordLayout
+        Byte layout of the preset.
+    dtype : torch.dtype
+        Result dtype; arithmetic is fp32.
+
+    Returns
+    -------
+    key, value : Tensor [sum(context_lens), Hkv, D], `dtype`
+        Rotated rows, request after request.
+    cu_seqlens_k : Tensor [B + 1], int32
+        Prefix sum of `context_lens`.
+
+    References
+    ----------
+    docs/explanation/paging.md.
+    """
+    parts = [
+        reference.gather_request(cache, page_table[row], length, position, layout, dtype)
+        for row, (length, position) in enumerate(
+            zip(context_lens.tolist(), positions.tolist(), strict=True)
+        )
+    ]
+    empty = torch.empty(0, cache.shape[1], layout.head_dim, dtype=dtype)
+    key = torch.cat([part[0] for part in parts] or [empty])
+    value = torch.cat([part[1] for part in parts] or [empty])
+    cu_seqlens_k = torch.zeros(len(parts) + 1, dtype=torch.int32)
+    cu_seqlens_k[1:] = context_lens.cumsum(0)
+    return key, value, cu_seqlens_k

@@ -1,0 +1,128 @@
+"""New keys and values into the cache: exact rows now, records when a tile is due.
+
+A step calls `seal` for every request, then reads (attention), and calls `append` for decode rows
+before it reads and for prefill rows after it, because prefill still reads the old ring.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from kvarn_core.ops.store import reference
+from kvarn_core.spec import Recipe
+
+if TYPE_CHECKING:
+    import torch
+
+    from kvarn_core.layout import RecordLayout
+
+
+def seal(
+    key: torch.Tensor,
+    value: torch.Tensor,
+    cache: torch.Tensor,
+    page_table: torch.Tensor,
+    seq_lens: torch.Tensor,
+    cu_seqlens_q: torch.Tensor,
+    *,
+    layout: RecordLayout,
+    recipe: Recipe = Recipe.KVARN,
+    layer: int = 0,
+) -> None:
+    """Write every record that is due in this step, and the sink rows among the new tokens.
+
+    A tile t not taken from the prefix cache is due when position ``(t + 1) * G + f`` is among the
+    new tokens; the phase f spreads the work over requests, layers and heads (`seal_phase`). Its
+    rows come from the ring (older tokens) and from `key` and `value` (new ones).
+
+    Parameters
+    ----------
+    key, value : Tensor [T, Hkv, D], fp16, bf16 or fp32
+        New rows after RoPE, unrotated. Read only.
+    cache : Tensor [P, Hkv, layout.record_bytes], uint8
+        Pages. Record and sink pages of the given requests are written in place.
+    page_table : Tensor [B, max_pages], int32
+        Header and record pages per request. Columns past the last used one are not read.
+    seq_lens : Tensor [B], int32
+        Tokens of each request after this step, new ones included. 0 marks a padded row.
+    cu_seqlens_q : Tensor [B + 1], int32
+        Where each request's new tokens begin in `key` and `value`.
+    layout : RecordLayout
+        Byte layout of the preset.
+    recipe : Recipe
+        How records are filled.
+    layer : int
+        Index of the attention layer; enters the phase only.
+
+    Raises
+    ------
+    ValueError
+        If a shape or dtype disagrees with `layout`; the message names the argument.
+
+    Notes
+    -----
+    Idempotent: the ring rows survive until after the deadline. The bytes of a record depend on
+    its own tile only, in whatever pieces the tile arrived.
+
+    References
+    ----------
+    docs/explanation/paging.md.
+    """
+    _check(key, value, cache, page_table, layout)
+    reference.seal(
+        key, value, cache, page_table, seq_lens, cu_seqlens_q,
+        layout=layout, recipe=recipe, layer=layer,
+    )  # fmt: skip
+
+
+def append(
+    key: torch.Tensor,
+    value: torch.Tensor,
+    cache: torch.Tensor,
+    page_table: torch.Tensor,
+    seq_lens: torch.Tensor,
+    cu_seqlens_q: torch.Tensor,
+    *,
+    layout: RecordLayout,
+) -> None:
+    """Write the last 2 G new rows of each request to its ring pages.
+
+    Call `seal` first: appending overwrites the rows of tiles that are two tiles old.
+
+    Parameters
+    ----------
+    key, value, cache, page_table, seq_lens, cu_seqlens_q, layout
+        As in `seal`. Only ring pages are written.
+
+    Raises
+    ------
+    ValueError
+        If a shape or dtype disagrees with `layout`; the message names the argument.
+    """
+    _check(key, value, cache, page_table, layout)
+    reference.append(key, value, cache, page_table, seq_lens, cu_seqlens_q, layout=layout)
+
+
+def _check(
+    key: torch.Tensor,
+    value: torch.Tensor,
+    cache: torch.Tensor,
+    page_table: torch.Tensor,
+    layout: RecordLayout,
+) -> None:
+    heads = cache.shape[1]
+    if cache.dim() != 3 or cache.shape[2] != layout.record_bytes:
+        raise ValueError(
+            f"cache has shape {tuple(cache.shape)}. "
+            f"Pass uint8 [P, Hkv, {layout.record_bytes}] for {layout.preset.name}."
+        )
+    for name, rows in (("key", key), ("value", value)):
+        if rows.shape[1:] != (heads, layout.head_dim):
+            raise ValueError(
+                f"{name} has shape {tuple(rows.shape)}. Pass [T, {heads}, {layout.head_dim}]."
+            )
+    if page_table.shape[1] < layout.header_columns:
+        raise ValueError(
+            f"page_table has {page_table.shape[1]} columns. "
+            f"{layout.preset.name} needs {layout.header_columns} for the header alone."
+        )
