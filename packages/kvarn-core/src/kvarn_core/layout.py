@@ -210,9 +210,7 @@ def code_index(m: Any, k: Any, *, rows: int, cols: int, bits: int) -> Any:
 
 def k_order(d: Any) -> Any:
     """Stored place of element d of a vector along the k index (k_scale, k_zero)."""
-    return (
-        (d >> 5) * 32 + ((d >> 1) & 3) * 8 + ((d >> 4) & 1) * 4 + ((d >> 3) & 1) * 2 + (d & 1)
-    )
+    return (d >> 5) * 32 + ((d >> 1) & 3) * 8 + ((d >> 4) & 1) * 4 + ((d >> 3) & 1) * 2 + (d & 1)
 
 
 def m_order(i: Any) -> Any:
@@ -228,9 +226,7 @@ def exact_piece(piece: Any, page_row: Any) -> Any:
     return piece ^ (page_row & 7)
 
 
-def seal_phase(
-    ring_page: int, layer: int, head: int, *, is_value: bool, group: int
-) -> int:
+def seal_phase(ring_page: int, layer: int, head: int, *, is_value: bool, group: int) -> int:
     """Tokens f in 0 .. G-1 by which sealing of a tile is delayed after its completion.
 
     Tile t is sealed in the step that writes position (t+1)·G + f. The phase spreads the work of

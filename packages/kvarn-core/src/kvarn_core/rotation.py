@@ -47,9 +47,7 @@ def hadamard_matrix(dim: int) -> torch.Tensor:
     """Return the normalised Sylvester Hadamard matrix [dim, dim], fp64; an oracle for tests."""
     matrix = torch.ones(1, 1, dtype=torch.float64)
     while matrix.shape[0] < dim:
-        matrix = torch.cat(
-            (torch.cat((matrix, matrix), 1), torch.cat((matrix, -matrix), 1)), 0
-        )
+        matrix = torch.cat((torch.cat((matrix, matrix), 1), torch.cat((matrix, -matrix), 1)), 0)
     return matrix / math.sqrt(dim)
 
 

@@ -314,9 +314,7 @@ def vector_bytes(
     return stored.view(torch.uint8)
 
 
-def read_vector(
-    data: torch.Tensor, order: Callable[[torch.Tensor], torch.Tensor]
-) -> torch.Tensor:
+def read_vector(data: torch.Tensor, order: Callable[[torch.Tensor], torch.Tensor]) -> torch.Tensor:
     """Bytes [N, 2 L] of a permuted fp16 vector back to fp32 [N, L]."""
     stored = data.contiguous().view(torch.float16)
     return stored[:, _vector_order(stored.shape[1], order).to(data.device)].float()

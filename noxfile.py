@@ -1,0 +1,138 @@
+"""Every task of the project, for people and for CI: `nox` runs the default sessions.
+
+Environments come from the locked files under requirements/; the three packages are installed
+from the checkout without their dependencies, so nothing moves unless a lock file does.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+from pathlib import Path
+
+import nox
+
+nox.needs_version = ">=2025.5.1"
+nox.options.default_venv_backend = "uv"
+nox.options.reuse_venv = "yes"
+nox.options.sessions = ["lint", "types", "tests", "engine"]
+
+ROOT = Path(__file__).parent
+PACKAGES = [ROOT / "packages" / name for name in ("kvarn-core", "kvarn-vllm", "kvarn-eval")]
+# Eager CPU engines: compiling the warm-up functions would take longer than the tests.
+ENGINE_ENV = {"TORCHDYNAMO_DISABLE": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
+OFFLINE_ENV = {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1"}
+
+
+def has_gpu() -> bool:
+    return Path("/proc/driver/nvidia/version").exists() and shutil.which("nvidia-smi") is not None
+
+
+def install_locked(session: nox.Session, lock: str) -> None:
+    """Install one lock file, exactly, and the three packages of this checkout."""
+    session.env["UV_HTTP_TIMEOUT"] = "300"
+    session.env.update(OFFLINE_ENV)
+    session.install("--no-deps", "-r", f"requirements/{lock}.txt")
+    session.install("--no-deps", *(arg for path in PACKAGES for arg in ("-e", str(path))))
+
+
+@nox.session
+def lint(session: nox.Session) -> None:
+    """Style, spelling and workflow audit."""
+    session.install("--no-deps", "-r", "requirements/lint.txt")
+    session.run("ruff", "check", ".")
+    session.run("ruff", "format", "--check", ".")
+    session.run("codespell", "--skip", "*.txt,*.json,*.svg", ".")
+    session.run("zizmor", "--offline", "--no-progress", ".github")
+
+
+@nox.session
+def types(session: nox.Session) -> None:
+    """Strict static types of all three packages."""
+    install_locked(session, "cpu")
+    for path in PACKAGES:
+        session.run("mypy", str(path / "src"))
+
+
+@nox.session
+def tests(session: nox.Session) -> None:
+    """Everything that needs neither a GPU nor a running engine."""
+    install_locked(session, "cpu")
+    arguments = session.posargs or ["packages", "-n", "2"]
+    session.run("pytest", "-m", "not engine and not gpu", *arguments, env={"OMP_NUM_THREADS": "1"})
+
+
+@nox.session
+def engine(session: nox.Session) -> None:
+    """Real vLLM CPU engines: paging, prefix cache, preemption, chunked prefill, TP=2."""
+    install_locked(session, "cpu")
+    arguments = session.posargs or ["packages"]
+    session.run("pytest", "-m", "engine", *arguments, env=ENGINE_ENV)
+
+
+@nox.session
+def demo(session: nox.Session) -> None:
+    """Serve the small model with both caches, ask both the same problems, print the table."""
+    gpu = has_gpu()
+    install_locked(session, "cuda" if gpu else "cpu")
+    environment = {} if gpu else ENGINE_ENV
+    session.run("kvarn-eval", "demo", *session.posargs, env=environment)
+
+
+@nox.session
+def fidelity(session: nox.Session) -> None:
+    """Log-probability distance of every cache format from fp16, on the small model."""
+    install_locked(session, "cpu")
+    session.run("kvarn-eval", "fidelity", *session.posargs)
+
+
+@nox.session
+def train(session: nox.Session) -> None:
+    """Train the small model again; needs one GPU."""
+    if not has_gpu():
+        session.error("train needs one NVIDIA GPU, and this machine has none.")
+    install_locked(session, "cuda")
+    session.run("kvarn-eval", "train", *session.posargs)
+
+
+@nox.session
+def wheels(session: nox.Session) -> None:
+    """Build the three wheels and install each one alone with plain pip."""
+    out = ROOT / "dist"
+    shutil.rmtree(out, ignore_errors=True)
+    session.install("build", "hatchling")
+    for path in PACKAGES:
+        session.run("python", "-m", "build", "--no-isolation", "--outdir", str(out), str(path))
+    for module in ("kvarn_core", "kvarn_vllm", "kvarn_eval"):
+        wheel = next(out.glob(f"{module}-*-py3-none-any.whl"))
+        with tempfile.TemporaryDirectory() as folder:
+            session.run("python", "-m", "venv", folder, silent=True)
+            python = str(Path(folder) / "bin" / "python")
+            pip = [python, "-m", "pip", "--quiet", "--disable-pip-version-check", "install"]
+            session.run(*pip, "--find-links", str(out), str(wheel), external=True)
+            check = f"import {module}; print({module}.__name__, {module}.__version__)"
+            session.run(python, "-c", check, external=True)
+
+
+@nox.session
+def docs(session: nox.Session) -> None:
+    """Build the documentation; warnings are errors."""
+    session.install("--no-deps", "-r", "requirements/docs.txt")
+    session.run("sphinx-build", "-W", "-n", "-b", "html", "docs", "docs/_build")
+
+
+@nox.session
+def lock(session: nox.Session) -> None:
+    """Resolve requirements/*.in again."""
+    session.install("uv")
+    common = ["--universal", "--python-version=3.10", "--generate-hashes", "--quiet"]
+    common += ["--no-header", "--no-annotate", "--no-emit-index-url"]
+    for name in ("lint", "docs", "cpu", "cuda"):
+        extra = ["--override=requirements/overrides.txt"] if name == "cpu" else []
+        files = [f"requirements/{name}.in", "-o", f"requirements/{name}.txt"]
+        session.run("uv", "pip", "compile", *common, *extra, *session.posargs, *files)
+
+
+if os.environ.get("KVARN_REQUIRE_GPU") == "1" and not has_gpu():
+    raise SystemExit("KVARN_REQUIRE_GPU=1 is set, and this machine has no NVIDIA GPU.")
