@@ -49,11 +49,9 @@ def door(x: F32) -> F16:
 # --- column factors -------------------------------------------------------------------------------
 
 
-def factors_kvarn(T: F32, iterations: int = 4) -> F32 | None:
-    """Column factors relative to the tile's own magnitude; None for a tile of zeros."""
-    S = np.sqrt(np.mean(T.astype(np.float32) ** 2, dtype=np.float32))
-    if S == 0:
-        return None
+def factors_kvarn(T: F32, iterations: int = 4) -> F32:
+    """Column factors relative to the tile's own magnitude."""
+    S = np.sqrt(np.mean(T.astype(np.float64) ** 2))
     e0 = int(np.rint(np.log2(S)))
     T = np.ldexp(T, -e0)
 
@@ -109,14 +107,14 @@ def factors_paper(T: F32, iterations: int = 8) -> F32:
     return best_c
 
 
-def fix_gauge(T: F32, c: F32, bits: int) -> F16:
+def fix_gauge(T: F32, c: F32, bits: int) -> F32:
     """Move powers of two from the columns to the rows so that fp16 holds both."""
     A = float(np.abs(T / c).max())
     e = 0
     if A > 0:
         EA, EC = math.floor(math.log2(A)), math.floor(math.log2(float(c.max())))
         e = max(min(EA - (3 if bits == 4 else 1), 14 - EC), -8 - EC)
-    return np.maximum(to_fp16(np.ldexp(c, e)), np.float16(2.0**-14))
+    return np.ldexp(c, e)
 
 
 # --- rows: range, rounding, refit -----------------------------------------------------------------
@@ -165,12 +163,13 @@ def _least_squares(y: F32) -> tuple[Any, Any]:
 def encode_tile(T: F32, bits: int, *, recipe: str, is_value: bool) -> tuple[Int, F16, F16, F16]:
     """Codes [R, C], scales [R], zeros [R] and column factors [C] of a tile in row orientation."""
     rows, cols = T.shape
-    c = factors_paper(T) if recipe == "paper" else factors_kvarn(T)
-    if c is None:
+    if not T.any():
         zeros = np.zeros(rows, np.float16)
         return np.zeros((rows, cols), np.int64), zeros, zeros, np.ones(cols, np.float16)
-    w16 = fix_gauge(T, c, bits)
-    w = w16.astype(np.float32)
+    w = fix_gauge(T, factors_paper(T) if recipe == "paper" else factors_kvarn(T), bits)
+    w16 = np.maximum(to_fp16(w), np.float16(2.0**-14))
+    if recipe != "paper":  # the published encoder never looks at what it stores
+        w = w16.astype(np.float32)
     codes, scale, zero = np.zeros((rows, cols), np.int64), np.zeros(rows), np.zeros(rows)
     for row in range(rows):
         codes[row], scale[row], zero[row] = fit_row(

@@ -1,0 +1,103 @@
+"""Named input distributions, from ordinary to hostile, all reproducible from a seed."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+FP16_MAX = 65504.0
+
+
+def gaussian(shape: tuple[int, ...], generator: torch.Generator) -> torch.Tensor:
+    """Independent N(0, 1)."""
+    return torch.randn(shape, generator=generator)
+
+
+def _outlier_channel(shape: tuple[int, ...], generator: torch.Generator) -> torch.Tensor:
+    x = gaussian(shape, generator)
+    x[..., 3] *= 50
+    return x
+
+
+def _outlier_token(shape: tuple[int, ...], generator: torch.Generator) -> torch.Tensor:
+    x = gaussian(shape, generator)
+    x[5 % shape[0]] *= 1000
+    return x
+
+
+def _with(value: float) -> Callable[[tuple[int, ...], torch.Generator], torch.Tensor]:
+    """Gaussian with about one element in a thousand, and always the first, set to `value`."""
+
+    def draw(shape: tuple[int, ...], generator: torch.Generator) -> torch.Tensor:
+        x = gaussian(shape, generator)
+        x[torch.rand(shape, generator=generator) < 1e-3] = value
+        x.view(-1)[0] = value
+        return x
+
+    return draw
+
+
+DISTRIBUTIONS: dict[str, Callable[[tuple[int, ...], torch.Generator], torch.Tensor]] = {
+    "gaussian": gaussian,
+    "outlier_channel": _outlier_channel,
+    "outlier_token": _outlier_token,
+    "tiny_scale": lambda shape, generator: 1e-3 * gaussian(shape, generator),
+    "zero": lambda shape, generator: torch.zeros(shape),
+    "constant": lambda shape, generator: torch.full(shape, 1.5),
+    "denormal": lambda shape, generator: 2.0**-20 * gaussian(shape, generator),
+    "nan": _with(float("nan")),
+    "inf": _with(float("inf")),
+    "saturating": lambda shape, generator: FP16_MAX * gaussian(shape, generator).sign(),
+}
+
+
+def draw(
+    name: str, shape: tuple[int, ...], *, seed: int, dtype: torch.dtype = torch.float32
+) -> torch.Tensor:
+    """Draw a tensor of a named distribution.
+
+    Parameters
+    ----------
+    name : str
+        A key of `DISTRIBUTIONS`.
+    shape : tuple of int
+        First dimension: tokens; last dimension: channels.
+    seed : int
+        Equal seeds give equal tensors.
+    dtype : torch.dtype
+        Result dtype; drawn in fp32.
+
+    Returns
+    -------
+    Tensor `shape`, `dtype`
+    """
+    return DISTRIBUTIONS[name](shape, torch.Generator().manual_seed(seed)).to(dtype)
+
+
+def spread_tiles(
+    count: int, rows: int, cols: int, *, row_spread: float, col_spread: float, seed: int
+) -> torch.Tensor:
+    """Draw tiles whose rows and columns have lognormal magnitudes.
+
+    Parameters
+    ----------
+    count, rows, cols : int
+        Tiles and their shape.
+    row_spread, col_spread : float
+        Standard deviations of the natural logarithms of row and column magnitudes.
+    seed : int
+        Equal seeds give equal tiles.
+
+    Returns
+    -------
+    Tensor [count, rows, cols], fp32
+    """
+    generator = torch.Generator().manual_seed(seed)
+    tiles = torch.randn(count, rows, cols, generator=generator)
+    tiles *= (row_spread * torch.randn(count, rows, 1, generator=generator)).exp()
+    tiles *= (col_spread * torch.randn(count, 1, cols, generator=generator)).exp()
+    return tiles

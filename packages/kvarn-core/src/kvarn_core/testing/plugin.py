@@ -1,0 +1,90 @@
+"""pytest plugin: unwritten memory is never zero, and a GPU can be demanded.
+
+Load it with ``-p kvarn_core.testing.plugin``.
+"""
+
+from __future__ import annotations
+
+import sys
+from typing import TYPE_CHECKING, Any
+
+import pytest
+import torch
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+POISONED = ("empty", "empty_like", "empty_strided")
+POISONED_METHODS = ("new_empty",)
+POISON_BYTE = 0xFF  # NaN in every floating dtype, the largest code in a record
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """Add ``--require-gpu``."""
+    parser.addoption(
+        "--require-gpu", action="store_true", help="fail unless at least one GPU test ran"
+    )
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Skip GPU tests on a machine without one."""
+    if torch.cuda.is_available():
+        return
+    for item in items:
+        if item.get_closest_marker("gpu"):
+            item.add_marker(pytest.mark.skip(reason="needs a CUDA GPU; none is visible"))
+
+
+def pytest_runtest_logreport(report: pytest.TestReport) -> None:
+    """Count the GPU tests that ran."""
+    if report.when == "call" and not report.skipped and "gpu" in report.keywords:
+        _GPU_TESTS.append(report.nodeid)
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    """Turn "no GPU test ran" into a failure if a GPU is required."""
+    worker = hasattr(session.config, "workerinput")
+    if session.config.getoption("--require-gpu") and not worker and not _GPU_TESTS:
+        session.exitstatus = pytest.ExitCode.TESTS_FAILED
+        print("\n--require-gpu: no GPU test ran.", file=sys.stderr)
+
+
+@pytest.fixture(autouse=True)
+def poisoned_empty(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fill what kvarn_core gets from ``torch.empty`` and its relatives with 0xFF.
+
+    Calls from anywhere else are untouched.
+    """
+    for name in POISONED:
+        monkeypatch.setattr(torch, name, _poisoning(getattr(torch, name)))
+    for name in POISONED_METHODS:
+        monkeypatch.setattr(torch.Tensor, name, _poisoning(getattr(torch.Tensor, name)))
+
+
+def poison(tensor: torch.Tensor) -> torch.Tensor:
+    """Fill the memory of a dense tensor with 0xFF bytes, in place.
+
+    Parameters
+    ----------
+    tensor : Tensor, any shape and dtype
+
+    Returns
+    -------
+    Tensor
+        The same tensor.
+    """
+    if tensor.numel():
+        tensor.untyped_storage().fill_(POISON_BYTE)
+    return tensor
+
+
+_GPU_TESTS: list[str] = []
+
+
+def _poisoning(original: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+    def empty(*args: Any, **kwargs: Any) -> torch.Tensor:
+        tensor = original(*args, **kwargs)
+        caller = sys._getframe(1).f_globals.get("__name__", "")
+        return poison(tensor) if caller.startswith("kvarn_core.") else tensor
+
+    return empty
