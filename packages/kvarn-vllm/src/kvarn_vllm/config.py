@@ -1,0 +1,285 @@
+"""The plugin's options, and every refusal.
+
+What is not supported is said in one sentence before the model loads: most checks run when vLLM has
+put its configuration together, the few that concern a single layer when that layer is built.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from kvarn_core import PRESETS, Preset, Recipe
+from kvarn_core.layout import HEAD_DIMS
+from kvarn_core.spec import DEBUG_PRESETS
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+PREFILL_MODES = ("chunk", "sealed")
+OPTIONS_KEY = "kvarn"
+
+
+def is_kvarn(kv_cache_dtype: object) -> bool:
+    """Whether a cache dtype is one of ours, debug presets included."""
+    return kv_cache_dtype in PRESETS or kv_cache_dtype in DEBUG_PRESETS
+
+
+@dataclass(frozen=True)
+class Options:
+    """What ``--additional-config '{"kvarn": {...}}'`` may set.
+
+    Parameters
+    ----------
+    prefill : str
+        ``chunk`` (default): new tokens of a prefill see each other unquantised. ``sealed``: every
+        token sees what a decode step at its position would; independent of chunk sizes.
+    recipe : Recipe
+        How records are filled: ``kvarn`` (default) or ``paper``.
+    """
+
+    prefill: str = "chunk"
+    recipe: Recipe = Recipe.KVARN
+
+    @classmethod
+    def from_config(cls, additional_config: object) -> Options:
+        """Read the object under ``kvarn`` in vLLM's additional configuration.
+
+        Raises
+        ------
+        ValueError
+            If it is not an object, has an unknown key, or an unknown value.
+        """
+        given = additional_config.get(OPTIONS_KEY, {}) if isinstance(additional_config, dict) else {}
+        if not isinstance(given, dict):
+            raise ValueError(
+                f"KVarN: additional config {OPTIONS_KEY!r} is {given!r}. "
+                'Pass an object, for example {"kvarn": {"prefill": "sealed"}}.'
+            )
+        return cls(**_values(given))
+
+
+def _values(given: Mapping[str, object]) -> dict[str, Any]:
+    """Checked values of the options that are given."""
+    recipes = {recipe.name: recipe for recipe in (Recipe.KVARN, Recipe.PAPER)}
+    choices: dict[str, dict[str, Any]] = {
+        "prefill": {mode: mode for mode in PREFILL_MODES},
+        "recipe": recipes,
+    }
+    values = {}
+    for key, value in given.items():
+        if key not in choices:
+            raise ValueError(f"KVarN: there is no option {key!r}. Use {' or '.join(choices)}.")
+        if not isinstance(value, str) or value not in choices[key]:
+            raise ValueError(
+                f"KVarN: option {key} cannot be {value!r}. Use {' or '.join(choices[key])}."
+            )
+        values[key] = choices[key][value]
+    return values
+
+
+def group_size(kv_cache_dtype: str, block_size: int | None) -> int:
+    """Block size for a preset: its group.
+
+    Raises
+    ------
+    ValueError
+        If another block size was asked for.
+    """
+    group = Preset.from_name(kv_cache_dtype).group
+    if block_size not in (None, group):
+        raise ValueError(
+            f"KVarN: --block-size {block_size} does not fit {kv_cache_dtype}. "
+            f"Drop --block-size or set it to {group}."
+        )
+    return group
+
+
+def check_engine(config: Any, platform: Any, *, batch_invariant: bool) -> None:
+    """Refuse what a kvarn cache cannot do, before anything is loaded.
+
+    Parameters
+    ----------
+    config : VllmConfig
+        Complete configuration of an engine whose cache dtype is a preset.
+    platform : Platform
+        vLLM's current platform.
+    batch_invariant : bool
+        Whether vLLM's batch-invariant mode is on.
+
+    Raises
+    ------
+    NotImplementedError, ValueError
+        With one sentence of fact and one of remedy.
+    """
+    Options.from_config(config.additional_config)
+    _check_platform(config, platform)
+    _check_model(config.model_config)
+    _check_cache(config)
+    _check_features(config, batch_invariant=batch_invariant)
+
+
+def _check_platform(config: Any, platform: Any) -> None:
+    if platform.is_cpu():
+        return
+    if platform.is_cuda() and config.model_config.dtype == torch.float32:
+        raise NotImplementedError(
+            "KVarN: float32 models are not supported on a GPU. Use --dtype float16 or bfloat16."
+        )
+    raise NotImplementedError(
+        "KVarN: this version serves on vLLM's CPU engine only. "
+        "Install kvarn-vllm[cpu] or drop --kv-cache-dtype."
+    )
+
+
+def _check_model(model: Any) -> None:
+    if model.use_mla:
+        raise _refusal(
+            "MLA models keep a compressed latent, not keys and values",
+            "Use another --kv-cache-dtype",
+        )
+    if model.is_hybrid:
+        raise _refusal("hybrid state-space models are not supported yet", "Use another model")
+    if model.is_encoder_decoder:
+        raise _refusal("encoder-decoder models are not supported", "Use another model")
+    check_head_size(model.get_head_size())
+    if _has_sliding_window(model):
+        check_layer(sliding_window=0)
+
+
+def _has_sliding_window(model: Any) -> bool:
+    """Whether any layer of the model looks at a window instead of everything."""
+    layer_types = getattr(model.hf_text_config, "layer_types", None) or ()
+    return model.get_sliding_window() is not None or "sliding_attention" in layer_types
+
+
+def _check_cache(config: Any) -> None:
+    cache = config.cache_config
+    group_size(cache.cache_dtype, cache.block_size)
+    if cache.calculate_kv_scales:
+        raise _refusal("kvarn computes its own scales", "Remove --calculate-kv-scales")
+    if cache.kv_cache_dtype_skip_layers:
+        raise _refusal(
+            "layers outside kvarn need a cache group of their own, which is not supported yet",
+            "Remove --kv-cache-dtype-skip-layers",
+        )
+    if cache.kv_sharing_fast_prefill:
+        raise _refusal("fast prefill over shared caches is not supported", "Remove "
+                       "--kv-sharing-fast-prefill")  # fmt: skip
+    if config.kv_transfer_config is not None or cache.kv_offloading_size is not None:
+        raise _refusal(
+            "transfer and offloading of kvarn pages are not supported yet",
+            "Remove --kv-transfer-config and --kv-offloading-size",
+        )
+
+
+def _check_features(config: Any, *, batch_invariant: bool) -> None:
+    parallel = config.parallel_config
+    if config.speculative_config is not None:
+        raise _refusal(
+            "speculative decoding is not supported with a kvarn KV cache yet",
+            "Remove --speculative-config",
+        )
+    if max(parallel.decode_context_parallel_size, parallel.prefill_context_parallel_size) > 1:
+        raise _refusal(
+            "context parallelism splits the tokens of a tile over ranks",
+            "Set --decode-context-parallel-size and --prefill-context-parallel-size to 1",
+        )
+    if config.attention_config.backend is not None:
+        raise _refusal(
+            f"attention backend {config.attention_config.backend.name} cannot read a kvarn cache",
+            "Remove --attention-backend; kvarn selects its own",
+        )
+    if batch_invariant:
+        raise _refusal("batch-invariant mode is not supported yet", "Unset VLLM_BATCH_INVARIANT")
+    if config.model_config.enable_return_routed_experts:
+        raise _refusal(
+            "returning routed experts needs stock block tables",
+            "Remove --enable-return-routed-experts",
+        )
+
+
+def check_head_size(head_size: int, *, expected: int | None = None) -> None:
+    """Refuse head sizes that the rotation cannot handle, or that differ from `expected`.
+
+    Raises
+    ------
+    NotImplementedError
+        With the head size and what is possible.
+    """
+    if expected not in (None, head_size):
+        raise _refusal(
+            f"layers with head sizes {expected} and {head_size} in one model are not supported",
+            "Use another --kv-cache-dtype",
+        )
+    if head_size not in HEAD_DIMS:
+        raise _refusal(
+            f"head size {head_size} is not supported",
+            f"Choose a model with head size {', '.join(map(str, HEAD_DIMS[:-1]))} or "
+            f"{HEAD_DIMS[-1]} (the rotation needs a power of two)",
+        )
+
+
+def check_selection(selection: Any) -> None:
+    """Refuse what one layer asks of its attention backend.
+
+    Parameters
+    ----------
+    selection : AttentionSelectorConfig
+        vLLM's description of a decoder layer.
+
+    Raises
+    ------
+    NotImplementedError
+        If the layer needs something that is not implemented.
+    """
+    check_head_size(selection.head_size)
+    needs = {
+        "a compressed latent (MLA)": selection.use_mla,
+        "sparse attention": selection.use_sparse,
+        "attention sinks": selection.has_sink,
+        "bidirectional attention to images": selection.use_mm_prefix,
+        "non-causal attention": selection.use_non_causal,
+        "scales per head from the checkpoint": selection.use_per_head_quant_scales,
+    }
+    _refuse_needs(needs)
+
+
+def check_layer(
+    *,
+    alibi_slopes: object = None,
+    sliding_window: object = None,
+    logits_soft_cap: float | None = None,
+    shares_cache: bool = False,
+    extra: Mapping[str, object] | None = None,
+) -> None:
+    """Refuse what one layer's constructor asks for; the arguments are vLLM's.
+
+    Raises
+    ------
+    NotImplementedError
+        If the layer needs something that is not implemented.
+    """
+    needs = {
+        "ALiBi": alibi_slopes is not None,
+        "a sliding window": sliding_window is not None,
+        "soft capping of logits": bool(logits_soft_cap),
+        "the cache of another layer": shares_cache,
+    }
+    needs |= {f"the argument {name}": value is not None for name, value in (extra or {}).items()}
+    _refuse_needs(needs)
+
+
+def _refuse_needs(needs: dict[str, bool]) -> None:
+    for what, needed in needs.items():
+        if needed:
+            raise _refusal(
+                f"this model's attention needs {what}, which kvarn does not implement",
+                "Use another --kv-cache-dtype",
+            )
+
+
+def _refusal(fact: str, remedy: str) -> NotImplementedError:
+    return NotImplementedError(f"KVarN: {fact}. {remedy}.")
