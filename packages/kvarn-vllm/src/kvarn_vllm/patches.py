@@ -10,6 +10,7 @@ unknown vLLM is left alone, and asking it for a ``kvarn_*`` dtype gives the reas
 from __future__ import annotations
 
 import functools
+import logging
 import os
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -28,6 +29,7 @@ from kvarn_vllm.signatures import changed_signature, locate, version_problem
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+LOG = logging.getLogger("vllm.kvarn")  # vLLM's handlers print it
 BACKEND = "kvarn_vllm.backend.KVarNBackend"
 
 
@@ -83,7 +85,7 @@ def arm() -> Status:
             _status = _arm()
         except Exception as error:
             _status = Status(False, f"KVarN: vLLM could not be patched ({error!r}).")
-            _log().warning(_status.reason)
+            LOG.warning(_status.reason)
     return _status
 
 
@@ -193,7 +195,7 @@ def _engine_config(original: Callable[..., Any]) -> Callable[..., Any]:
         check_engine(config, current_platform, batch_invariant=vllm.envs.VLLM_BATCH_INVARIANT)
         if problem := slot_problem():
             raise ValueError(problem)
-        _log().info("KVarN: KV cache dtype %s, %s", self.kv_cache_dtype,
+        LOG.info("KVarN: KV cache dtype %s, %s", self.kv_cache_dtype,
                     Options.from_config(config.additional_config))  # fmt: skip
         return config
 
@@ -292,12 +294,6 @@ def _table_columns() -> int:
     model = config.model_config
     layout = record_layout(config.cache_config.cache_dtype, model.get_head_size())
     return layout.columns(model.max_model_len)
-
-
-def _log() -> Any:
-    from vllm.logger import init_logger
-
-    return init_logger("vllm.kvarn")
 
 
 PATCHES = (
