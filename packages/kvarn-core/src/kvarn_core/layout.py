@@ -6,7 +6,8 @@ integers, numpy arrays and torch tensors alike.
 
 A *record* holds one K tile and one V tile (G tokens, one KV head):
 
-    k_codes  k_scale[D]  k_zero[D]  k_token_scale[G]  v_codes  v_channel_scale[D]  v_scale[G]  v_zero[G]
+    k_codes  k_scale[D]          k_zero[D]   k_token_scale[G]
+    v_codes  v_channel_scale[D]  v_scale[G]  v_zero[G]
 
 with fp16 vectors. Codes lie in *fragment order*: the 16 bytes one lane of a warp loads are its
 registers A0..A3 of `mma.m16n8k16` for 16 / bits fragments, so unpacking is one AND per two codes.

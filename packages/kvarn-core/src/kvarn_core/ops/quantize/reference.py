@@ -98,7 +98,7 @@ def _cast(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
 def quantize_rows(
     tile: torch.Tensor, bits: int, recipe: Recipe, *, restore_norm: bool = False
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Quantise T [N, R, C]: codes uint8 [N, R, C], scale and zero fp16 [N, R], factor fp16 [N, C]."""
+    """Quantise T [N, R, C]: codes uint8 [N, R, C]; fp16 scale and zero [N, R], factor [N, C]."""
     normalise = normalise_relative if recipe.relative else normalise_published
     factor = gauge(tile, normalise(tile, recipe.iterations), bits)
     factor16 = to_fp16(factor).clamp(min=2.0**-14)  # smallest normal: division stays safe
@@ -141,7 +141,7 @@ def normalise_relative(tile: torch.Tensor, iterations: int) -> torch.Tensor:
     for _ in range(iterations):
         col = bounded(columns(row))
         row = bounded(rows(col))
-        imbalance = spread(bounded(columns(row)) / col) + spread(bounded(rows(col)) / row)
+        imbalance = spread(bounded(columns(row) / col)) + spread(bounded(rows(col) / row))
         better = imbalance <= best
         best = torch.where(better, imbalance, best)
         best_factor = torch.where(better[:, None], col, best_factor)
