@@ -1,0 +1,84 @@
+"""How much fits: the pool of a running server, in its own numbers."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from kvarn_core import PRESETS, RecordLayout
+
+if TYPE_CHECKING:
+    from kvarn_eval.server import Metric
+
+GIB = 1 << 30
+
+
+@dataclass(frozen=True)
+class Pool:
+    """The KV cache that a server allocated.
+
+    Parameters
+    ----------
+    pages : int
+        Pages (vLLM blocks).
+    page_size : int
+        Tokens per page.
+    cache_bytes : int
+        Bytes of the whole cache.
+    cache_dtype : str
+        The server's KV cache dtype.
+    """
+
+    pages: int
+    page_size: int
+    cache_bytes: int
+    cache_dtype: str
+
+    @property
+    def tokens(self) -> int:
+        """Tokens that the pages hold."""
+        return self.pages * self.page_size
+
+    @property
+    def tokens_per_gib(self) -> float:
+        """Tokens per GiB of cache."""
+        return self.tokens * GIB / self.cache_bytes
+
+    def requests(self, num_tokens: int, head_dim: int) -> int:
+        """Requests of `num_tokens` tokens that are resident at the same time.
+
+        One page is vLLM's null block. A compressed request also holds its header pages (sink and
+        ring); the hit count is a column, not a page.
+        """
+        if self.cache_dtype in PRESETS:
+            layout = RecordLayout(PRESETS[self.cache_dtype], head_dim)
+            held = layout.columns(num_tokens) - 1
+        else:
+            held = -(-num_tokens // self.page_size)
+        return (self.pages - 1) // held
+
+    @classmethod
+    def from_metrics(cls, metrics: list[Metric]) -> Pool:
+        """Read ``vllm:cache_config_info``.
+
+        Raises
+        ------
+        KeyError
+            If the server does not report its cache.
+        ValueError
+            If it was started without ``--kv-cache-memory-bytes``: its size is then unknown.
+        """
+        infos = [metric.labels for metric in metrics if metric.name == "vllm:cache_config_info"]
+        if not infos:
+            raise KeyError("The server reports no metric 'vllm:cache_config_info'.")
+        info = infos[0]
+        if not info["kv_cache_memory_bytes"].isdecimal():
+            raise ValueError(
+                "The size of the server's cache is unknown. Start it with --kv-cache-memory-bytes."
+            )
+        return cls(
+            pages=int(info["num_gpu_blocks"]),
+            page_size=int(info["block_size"]),
+            cache_bytes=int(info["kv_cache_memory_bytes"]),
+            cache_dtype=info["cache_dtype"],
+        )

@@ -1,0 +1,183 @@
+"""Command line: ``kvarn-eval demo | fidelity | train | report``.
+
+Exit status: 0 all required gates pass, 1 one fails, 2 wrong usage, 3 the evidence does not decide.
+"""
+
+from __future__ import annotations
+
+import signal
+import sys
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, NoReturn
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+from kvarn_eval import report as reports
+from kvarn_eval.schema import Run
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+app = typer.Typer(add_completion=False, no_args_is_help=True, help=__doc__, rich_markup_mode=None)
+console = Console(stderr=True)
+
+SMALL_MODEL = Path(__file__).parents[2] / "models" / "small"
+
+ModelOption = Annotated[Path, typer.Option("--model", help="Folder of the small model.")]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print the result document.")]
+
+
+@contextmanager
+def _progress() -> Iterator[Callable[[str, int, int], None]]:
+    """A callback that shows what happens; on a terminal as bars, otherwise one line per step."""
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
+    shown: dict[str, int] = {}
+    with Progress(*columns, TimeElapsedColumn(), console=console) as bars:
+
+        def show(what: str, done: int, steps: int) -> None:
+            key = what.partition(",")[0]
+            if key not in shown:
+                for other in shown.values():
+                    bars.stop_task(other)  # type: ignore[arg-type]
+                shown[key] = bars.add_task(what, total=steps)
+                if not console.is_terminal:
+                    console.print(what)
+            bars.update(shown[key], description=what, completed=done, total=steps)  # type: ignore[arg-type]
+
+        yield show
+
+
+def _stop_on_signal(number: int, frame: object) -> NoReturn:
+    """Turn SIGTERM into an exception, so that servers are reaped."""
+    raise SystemExit(128 + number)
+
+
+def _fail_usage(message: str) -> NoReturn:
+    console.print(message, style="red", markup=False)
+    raise typer.Exit(2)
+
+
+def _check_model(folder: Path) -> None:
+    if not (folder / "model.safetensors").is_file():
+        _fail_usage(
+            f"{folder} has no model.safetensors. Name the small model's folder with --model."
+        )
+
+
+def _finish(run: Run, out: Path, as_json: bool) -> NoReturn:
+    """Write result and report, say the verdict, exit with it."""
+    run.save(out / "result.json")
+    files = reports.render(run, out)
+    if as_json:
+        sys.stdout.write(run.model_dump_json(indent=1) + "\n")
+    console.print(
+        f"Written: {', '.join(str(file) for file in files)}", markup=False, soft_wrap=True
+    )
+    console.print(reports.headline(run), markup=False, soft_wrap=True)
+    raise typer.Exit(run.verdict.exit_code)
+
+
+@app.command()
+def demo(
+    model: ModelOption = SMALL_MODEL,
+    out: Annotated[Path, typer.Option(help="Folder for results.")] = Path("demo-results"),
+    kv_cache_dtype: Annotated[str, typer.Option(help="KVarN preset.")] = "kvarn_k4v2_g128",
+    items: Annotated[int, typer.Option(min=1, help="Problems per task family.")] = 24,
+    cache_mib: Annotated[int, typer.Option(min=64, help="KV cache of each server, MiB.")] = 1024,
+    as_json: JsonOption = False,
+) -> None:
+    """Serve the small model with the default cache and with KVarN, and compare them."""
+    from kvarn_core import PRESETS
+    from kvarn_eval.demo import REFERENCE, TESTED, Settings, run_demo
+
+    _check_model(model)
+    if kv_cache_dtype not in PRESETS:
+        _fail_usage(f"{kv_cache_dtype} is not a preset. Choose one of {', '.join(PRESETS)}.")
+    out.mkdir(parents=True, exist_ok=True)
+    signal.signal(signal.SIGTERM, _stop_on_signal)
+    settings = Settings(
+        model=model, cache_dtype=kv_cache_dtype, items=items, cache_bytes=cache_mib << 20
+    )
+    try:
+        with _progress() as progress:
+            run = run_demo(settings, out, progress)
+    except RuntimeError as error:
+        console.print(str(error), style="red", markup=False, soft_wrap=True)
+        raise typer.Exit(1) from error
+    if not as_json:
+        Console().print(reports.comparison(run, REFERENCE, TESTED))
+    _finish(run, out, as_json)
+
+
+@app.command()
+def fidelity(
+    model: ModelOption = SMALL_MODEL,
+    out: Annotated[Path, typer.Option(help="Folder for results.")] = Path("fidelity-results"),
+    preset: Annotated[str, typer.Option(help="KVarN preset.")] = "kvarn_k4v2_g128",
+    sequences: Annotated[int, typer.Option(min=2, help="Texts.")] = 6,
+    length: Annotated[int, typer.Option(min=512, max=8192, help="Tokens per text.")] = 2048,
+    profile: Annotated[
+        list[str] | None, typer.Option(help="Outlier profile: plain, large, tiny; repeatable.")
+    ] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Measure how far each way to store the cache moves the model's predictions."""
+    from kvarn_core import PRESETS
+    from kvarn_eval.fidelity_gates import PROFILES, Settings, run_fidelity
+
+    _check_model(model)
+    if preset not in PRESETS:
+        _fail_usage(f"{preset} is not a preset. Choose one of {', '.join(PRESETS)}.")
+    profiles = tuple(profile or PROFILES)
+    if unknown := set(profiles) - set(PROFILES):
+        _fail_usage(f"Unknown profile {unknown.pop()}. Choose of {', '.join(PROFILES)}.")
+    out.mkdir(parents=True, exist_ok=True)
+    settings = Settings(sequences, length, profiles, PRESETS[preset])
+    with _progress() as progress:
+        run = run_fidelity(model, settings, progress)
+    _finish(run, out, as_json)
+
+
+@app.command()
+def train(
+    out: Annotated[Path, typer.Option(help="Folder for the model.")] = SMALL_MODEL,
+    seed: Annotated[int, typer.Option(help="Seed of weights and data.")] = 0,
+    minutes: Annotated[float, typer.Option(min=0.1, help="Longest training time.")] = 12.0,
+    as_json: JsonOption = False,
+) -> None:
+    """Train the small model from scratch; needs one CUDA GPU."""
+    import json
+
+    from kvarn_eval.small_model.train import train as train_small_model
+
+    try:
+        log = train_small_model(out, seed=seed, minutes=minutes)
+    except RuntimeError as error:
+        console.print(str(error), style="red", markup=False, soft_wrap=True)
+        raise typer.Exit(1) from error
+    if as_json:
+        sys.stdout.write(json.dumps(log, indent=1) + "\n")
+    console.print(f"Written: {out}", markup=False, soft_wrap=True)
+
+
+@app.command()
+def report(
+    result: Annotated[Path, typer.Argument(help="result.json of an earlier run.", exists=True)],
+    out: Annotated[Path | None, typer.Option(help="Folder; that of the result by default.")] = None,
+) -> None:
+    """Render an earlier result again; exits with its verdict."""
+    try:
+        run = Run.load(result)
+    except ValueError as error:
+        _fail_usage(f"{result} is not a result of this version: {error}")
+    folder = out or result.parent
+    folder.mkdir(parents=True, exist_ok=True)
+    files = reports.render(run, folder)
+    console.print(
+        f"Written: {', '.join(str(file) for file in files)}", markup=False, soft_wrap=True
+    )
+    console.print(reports.headline(run), markup=False, soft_wrap=True)
+    raise typer.Exit(run.verdict.exit_code)

@@ -1,0 +1,244 @@
+"""The fidelity suite: from distances to measurements, gates and a result document.
+
+Three claims are gated. The `kvarn` cache stays well below the published recipe as it is served; at
+equal exact rows it is never worse than the published recipe; and before position 2 G nothing is
+read packed. All three are ratios of mean KLD over the same texts, so the model's own difficulty
+cancels.
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from kvarn_eval.fidelity import (
+    ARMS,
+    DEFAULT_PRESET,
+    Distance,
+    load_model,
+    make_texts,
+    measure_arms,
+    texts_sha256,
+    weights_sha256,
+)
+from kvarn_eval.schema import (
+    Arm,
+    Gate,
+    Measurement,
+    Model,
+    Run,
+    Unit,
+    Verdict,
+    describe_run,
+    measure,
+)
+from kvarn_eval.stats import interval, ratio_samples
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+    from pathlib import Path
+
+    from kvarn_core import Preset
+    from kvarn_eval.schema import Scalar
+
+SERVED_LIMITS = {"plain": 0.45, "large": 0.30}
+TINY_LIMIT = 1.1  # scale invariance: tiny over plain
+FLOOR_FACTOR = 3.0
+PROFILES = ("plain", "large", "tiny")
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Size of a fidelity run."""
+
+    sequences: int = 6
+    length: int = 2048
+    profiles: tuple[str, ...] = PROFILES
+    preset: Preset = DEFAULT_PRESET
+
+    @property
+    def first_packed(self) -> int:
+        """First position, in tokens, at which every arm reads packed rows: 2 G."""
+        return 2 * self.preset.group
+
+
+def summarise(
+    profile: str, arm: str, distances: Sequence[Distance], settings: Settings
+) -> list[Measurement]:
+    """Measurements of one arm: KLD, its tail, its curve over positions, top-1 agreement."""
+    first = settings.first_packed
+    kld = [d.scored(d.kld, first) for d in distances]
+    everything = np.concatenate(kld)
+    top1 = np.concatenate([d.scored(d.top1, first) for d in distances])
+    dlogp = np.concatenate([d.scored(d.dlogp, first) for d in distances])
+    early = np.concatenate([d.kld[:first] for d in distances])
+    spread = interval(ratio_samples([float(x.sum()) for x in kld], [float(len(x)) for x in kld]))
+    context: dict[str, Scalar] = {"profile": profile, "positions": len(everything)}
+
+    def nats(name: str, value: float, **more: Any) -> Measurement:
+        return measure(
+            f"{profile}.{name}", arm, Unit.NATS, value, better="lower", context=context, **more
+        )
+
+    return [
+        nats("kld_mean", float(everything.mean()), interval=spread),
+        nats("kld_median", float(np.median(everything))),
+        nats("kld_p999", float(np.quantile(everything, 0.999))),
+        nats("kld_early", float(early.mean())),
+        nats("dlogp", float(dlogp.mean())),
+        measure(
+            f"{profile}.top1", arm, Unit.SHARE, float(top1.mean()), better="higher", context=context
+        ),
+        *_curve(profile, arm, distances, settings),
+    ]
+
+
+def _curve(
+    profile: str, arm: str, distances: Sequence[Distance], settings: Settings
+) -> list[Measurement]:
+    """Mean KLD of all positions, prompt included, in buckets of 2 G tokens."""
+    longest = max(len(d.kld) for d in distances)
+    width = settings.first_packed
+    points = []
+    for start in range(0, longest, width):
+        parts = [d.kld[start : start + width] for d in distances]
+        values = np.concatenate(parts)
+        points.append(
+            measure(
+                f"{profile}.kld_at_{start}",
+                arm,
+                Unit.NATS,
+                float(values.mean()),
+                better="lower",
+                context={"profile": profile, "from": start, "to": start + width},
+            )
+        )
+    return points
+
+
+def _kld_sums(distances: Sequence[Distance], first: int) -> list[float]:
+    return [float(d.scored(d.kld, first).sum()) for d in distances]
+
+
+def ratio_gate(
+    name: str,
+    arm: tuple[str, Sequence[Distance]],
+    base: tuple[str, Sequence[Distance]],
+    limit: float,
+    profile: str,
+    first: int,
+) -> Gate:
+    """Require mean KLD of one arm over that of another to be at most `limit`.
+
+    Fails above the limit; inconclusive if the one-sided 95 % bound over texts is above it.
+    """
+    top, bottom = _kld_sums(arm[1], first), _kld_sums(base[1], first)
+    value = sum(top) / sum(bottom)
+    bound = float(np.quantile(ratio_samples(top, bottom), 0.95))
+    verdict = Verdict.FAIL if value > limit else Verdict.PASS
+    if verdict is Verdict.PASS and bound > limit:
+        verdict = Verdict.INCONCLUSIVE
+    return Gate(
+        name=name,
+        rule=f"KLD({arm[0]}) / KLD({base[0]}) <= limit",
+        value=value,
+        limit=limit,
+        verdict=verdict,
+        reason=f"{value:.3f}, at most {bound:.3f} with 95 % confidence; limit {limit:g}",
+        evidence=[f"{name}:{profile}.kld_mean" for name in (arm[0], base[0])],
+    )
+
+
+def early_gate(profile: str, arms: dict[str, list[Distance]], first: int) -> Gate:
+    """Self-check: before position 2 G no arm with an exact window reads a packed row."""
+    floor = max(float(np.mean([d.kld[:first].mean() for d in arms["rotated fp16"]])), 1e-9)
+    windowed = [name for name in arms if ARMS[name].window >= 1]
+    worst = max(windowed, key=lambda name: np.mean([d.kld[:first].mean() for d in arms[name]]))
+    value = float(np.mean([d.kld[:first].mean() for d in arms[worst]]))
+    limit = FLOOR_FACTOR * floor
+    return Gate(
+        name=f"{profile}.early",
+        rule="KLD before position 2 G <= 3 x KLD of fp16 rounding",
+        value=value,
+        limit=limit,
+        verdict=Verdict.PASS if value <= limit else Verdict.FAIL,
+        reason=f"largest on {worst}: {value:.1e} nats; limit {limit:.1e}",
+        evidence=[f"{name}:{profile}.kld_early" for name in (worst, "rotated fp16")],
+    )
+
+
+def gates(found: dict[str, dict[str, list[Distance]]], settings: Settings) -> list[Gate]:
+    """All rules that the distances by profile and arm allow to check."""
+    first = settings.first_packed
+    rules = []
+    for profile, arms in found.items():
+        kvarn = ("kvarn", arms["kvarn"])
+        if profile in SERVED_LIMITS:
+            served = ("paper as served", arms["paper as served"])
+            limit = SERVED_LIMITS[profile]
+            rules.append(ratio_gate(f"{profile}.over_served", kvarn, served, limit, profile, first))
+        paper = ("paper", arms["paper"])
+        rules.append(ratio_gate(f"{profile}.over_paper", kvarn, paper, 1.0, profile, first))
+        rules.append(early_gate(profile, arms, first))
+    return rules
+
+
+def run_fidelity(
+    model_folder: Path, settings: Settings, progress: Callable[[str, int, int], None]
+) -> Run:
+    """Measure every arm on every profile and apply the gates.
+
+    Parameters
+    ----------
+    model_folder : Path
+        Folder of the small model.
+    settings : Settings
+        Sequences, length, profiles and preset.
+    progress : callable
+        Receives what happens, steps done and steps in total.
+
+    Returns
+    -------
+    Run
+    """
+    began = time.monotonic()
+    texts = make_texts(settings.sequences, settings.length)
+    model = Model(
+        name=model_folder.name, weights_sha256=weights_sha256(model_folder), dtype="float32"
+    )
+    header = describe_run("fidelity", texts_sha256(texts), model)
+    found: dict[str, dict[str, list[Distance]]] = {}
+    for profile in settings.profiles:
+        weights = load_model(model_folder, profile)
+        found[profile] = {name: [] for name in ARMS}
+        for done, text in enumerate(texts, 1):
+            for name, distances in measure_arms(weights, [text], ARMS, settings.preset).items():
+                found[profile][name] += distances
+            progress(f"{profile} model", done, len(texts))
+    measurements = [
+        measurement
+        for profile, arms in found.items()
+        for name, distances in arms.items()
+        for measurement in summarise(profile, name, distances, settings)
+    ]
+    arms = {
+        name: Arm(
+            kv_cache_dtype=settings.preset.name if policy.method in {"kvarn", "paper"} else "auto",
+            method=policy.method,
+            window_tiles=policy.window,
+            sink_rows=policy.sink,
+        )
+        for name, policy in ARMS.items()
+    }
+    return Run.model_validate(
+        {
+            **header,
+            "seconds": round(time.monotonic() - began, 1),
+            "arms": arms,
+            "measurements": measurements,
+            "gates": gates(found, settings),
+        }
+    )

@@ -1,0 +1,225 @@
+"""From a result document to what people read: markdown, SVG figures, a terminal table.
+
+Nothing is computed from anything but the document, so a report can be made again at any time.
+Figures carry no date and use a fixed hash salt: equal data give equal files.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import matplotlib as mpl
+from rich.table import Table
+
+from kvarn_eval.schema import Unit, Verdict
+
+mpl.use("Agg")
+
+from matplotlib import pyplot as plt
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from kvarn_eval.schema import Measurement, Run
+
+WORDS = {
+    Verdict.PASS: "All required gates pass.",
+    Verdict.FAIL: "A required gate fails.",
+    Verdict.INCONCLUSIVE: "The evidence does not decide every required gate.",
+}
+STYLE: dict[str, Any] = {
+    "svg.hashsalt": "kvarn",
+    "font.size": 9,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "figure.constrained_layout.use": True,
+}
+
+
+def render(run: Run, out: Path) -> list[Path]:
+    """Write `report.md` and the figures of a run.
+
+    Parameters
+    ----------
+    run : Run
+        What to render.
+    out : Path
+        Existing folder; files of the same name are replaced.
+
+    Returns
+    -------
+    list of Path
+        Files written, the report first.
+    """
+    figures = []
+    with mpl.rc_context(STYLE):
+        for profile in _profiles(run):
+            figures.append(_draw_curve(run, profile, out))
+        if any(m.name == "pool_tokens" for m in run.measurements):
+            figures.append(_draw_capacity(run, out))
+    report = out / "report.md"
+    report.write_text(markdown(run, [figure.name for figure in figures]), encoding="utf-8")
+    return [report, *figures]
+
+
+def headline(run: Run) -> str:
+    """The verdict in one sentence, with the first gate that decided it."""
+    deciding = [g for g in run.gates if g.required and g.verdict is run.verdict]
+    if run.verdict is Verdict.PASS or not deciding:
+        return WORDS[run.verdict]
+    return f"{WORDS[run.verdict]} {deciding[0].name}: {deciding[0].reason}."
+
+
+def markdown(run: Run, figures: list[str]) -> str:
+    """The report: verdict, gates, measurements, figures, environment, command."""
+    lines = [f"# {run.suite}: {run.verdict.value}", "", headline(run), "", "## Gates", ""]
+    gates = [
+        [
+            g.name,
+            g.verdict.value + ("" if g.required else " (not required)"),
+            g.rule,
+            format_number(g.value),
+            format_number(g.limit),
+            g.reason,
+        ]
+        for g in run.gates
+    ]
+    lines += _table(["gate", "verdict", "rule", "value", "limit", "reason"], gates)
+    for profile, measurements in _sections(run).items():
+        lines += ["", f"## Measurements{f': {profile}' if profile else ''}", ""]
+        lines += _pivot(run, measurements, f"{profile}." if profile else "")
+    for figure in figures:
+        lines += ["", f"![{figure.removesuffix('.svg')}]({figure})"]
+    lines += ["", "## Reproduce", "", "```", " ".join(run.command), "```", ""]
+    lines += ["<details><summary>Environment</summary>", "", "```json"]
+    lines += [run.model_dump_json(indent=1, include=_ENVIRONMENT), "```", "", "</details>", ""]
+    return "\n".join(lines)
+
+
+_ENVIRONMENT = {
+    "run_id", "started", "seconds", "suite_sha256", "git", "environment", "model", "arms"
+}  # fmt: skip
+
+
+def comparison(run: Run, reference: str, tested: str) -> Table:
+    """A terminal table of two arms side by side."""
+    table = Table(title=headline(run), title_justify="left")
+    for column, justify in (
+        ("", "left"),
+        (reference, "right"),
+        (tested, "right"),
+        ("ratio", "right"),
+    ):
+        table.add_column(column, justify="right" if justify == "right" else "left")
+    of_arm = {
+        arm: {m.name: m for m in run.measurements if m.arm == arm} for arm in (reference, tested)
+    }
+    for name, measurement in of_arm[tested].items():
+        other = of_arm[reference].get(name)
+        ratio = ""
+        if other is not None and other.median and measurement.unit is not Unit.SHARE:
+            ratio = f"{measurement.median / other.median:.2f}"
+        cells = [format_value(other) if other else "", format_value(measurement), ratio]
+        table.add_row(label(name), *cells)
+    return table
+
+
+def label(name: str) -> str:
+    """A measurement's name as people read it."""
+    return name.replace("_", " ").replace(".", ": ")
+
+
+def format_number(value: float) -> str:
+    """Three or four significant digits, large numbers in full."""
+    if value == int(value) and abs(value) >= 1:
+        return f"{value:,.0f}"
+    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"
+
+
+def format_value(measurement: Measurement) -> str:
+    """Median with its unit; shares as per cent."""
+    if measurement.unit is Unit.SHARE:
+        return f"{100 * measurement.median:.1f} %"
+    unit = "" if measurement.unit in {Unit.COUNT, Unit.RATIO} else f" {measurement.unit.value}"
+    return format_number(measurement.median) + unit
+
+
+def _profiles(run: Run) -> list[str]:
+    found = (m.context["profile"] for m in run.measurements if "from" in m.context)
+    return [str(profile) for profile in dict.fromkeys(found)]
+
+
+def _sections(run: Run) -> dict[str, list[Measurement]]:
+    """Measurements by profile, without the points of curves."""
+    sections: dict[str, list[Measurement]] = {}
+    for measurement in run.measurements:
+        if "from" not in measurement.context:
+            profile = str(measurement.context.get("profile", ""))
+            sections.setdefault(profile, []).append(measurement)
+    return sections
+
+
+def _pivot(run: Run, measurements: list[Measurement], prefix: str) -> list[str]:
+    """One row per arm, one column per measurement."""
+    names = list(dict.fromkeys(m.name for m in measurements))
+    cell = {(m.arm, m.name): m for m in measurements}
+    rows = []
+    for arm in run.arms:
+        row = [arm]
+        for name in names:
+            found = cell.get((arm, name))
+            row.append(_with_interval(found) if found else "")
+        rows.append(row)
+    return _table(["arm", *(label(name.removeprefix(prefix)) for name in names)], rows)
+
+
+def _with_interval(measurement: Measurement) -> str:
+    text = format_value(measurement)
+    if measurement.interval is None:
+        return text
+    scale = 100 if measurement.unit is Unit.SHARE else 1
+    low, high = (format_number(scale * bound) for bound in measurement.interval)
+    return f"{text} ({low} – {high})"
+
+
+def _table(header: list[str], rows: list[list[str]]) -> list[str]:
+    cells = [header, ["---"] * len(header), *rows]
+    return ["| " + " | ".join(row) + " |" for row in cells]
+
+
+def _save(figure: Any, path: Path) -> Path:
+    figure.savefig(path, metadata={"Date": None})
+    plt.close(figure)
+    return path
+
+
+def _draw_curve(run: Run, profile: str, out: Path) -> Path:
+    """Mean KLD over the position in the text, one line per arm."""
+    figure, axes = plt.subplots(figsize=(6.4, 3.6))
+    for arm in run.arms:
+        points = [
+            m
+            for m in run.measurements
+            if m.arm == arm and m.context.get("profile") == profile and "from" in m.context
+        ]
+        middle = [(float(m.context["from"] or 0) + float(m.context["to"] or 0)) / 2 for m in points]
+        if any(m.median > 0 for m in points):
+            axes.plot(middle, [m.median for m in points], marker="o", markersize=3, label=arm)
+    axes.set_yscale("log")
+    axes.set_xlabel("position in the text (tokens)")
+    axes.set_ylabel("mean KLD to the fp16 cache (nats)")
+    axes.set_title(f"Divergence by position, {profile} model", loc="left")
+    axes.legend(fontsize=7, frameon=False, loc="center left", bbox_to_anchor=(1, 0.5))
+    return _save(figure, out / f"kld_position_{profile}.svg")
+
+
+def _draw_capacity(run: Run, out: Path) -> Path:
+    """Tokens per GiB of cache, one bar per arm."""
+    found = [m for m in run.measurements if m.name == "tokens_per_gib"]
+    figure, axes = plt.subplots(figsize=(5.2, 1.0 + 0.45 * len(found)))
+    bars = axes.barh([m.arm for m in found], [m.median for m in found], color="#3b6ea5")
+    axes.bar_label(bars, labels=[f"{m.median:,.0f}" for m in found], padding=3)
+    axes.set_xlim(0, 1.2 * max(m.median for m in found))
+    axes.invert_yaxis()
+    axes.set_xlabel("tokens per GiB of KV cache, as the server reports")
+    return _save(figure, out / "capacity.svg")

@@ -1,0 +1,219 @@
+"""A running inference server: started on a free loopback port, awaited, and always reaped.
+
+The server is a child process in its own process group, so its workers end with it, whether the
+block ends normally, by an exception or by Ctrl-C. Its log is a file that stays. Everything the
+product is judged by comes back over HTTP, as for any other user.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import IO, TYPE_CHECKING, Any
+
+import httpx
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+    from pathlib import Path
+
+# The module behind `vllm serve`; it also works where the CPU build is installed under another name.
+SERVE = (sys.executable, "-m", "vllm.entrypoints.openai.api_server")
+OFFLINE = {"HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1", "DO_NOT_TRACK": "1"}
+_POLL_SECONDS = 0.5
+_GRACE_SECONDS = 15.0
+_LOG_LINES = 15
+
+
+@dataclass(frozen=True)
+class ServerConfig:
+    """How to start a server.
+
+    Parameters
+    ----------
+    model : str
+        Folder or name of the model.
+    options : tuple of str
+        Further command-line arguments.
+    environment : dict
+        Environment variables on top of the inherited ones.
+    command : tuple of str
+        Program that takes ``--model``, ``--host`` and ``--port``.
+    ready_seconds : float
+        How long the server may take to become ready.
+    """
+
+    model: str
+    options: tuple[str, ...] = ()
+    environment: dict[str, str] = field(default_factory=dict)
+    command: tuple[str, ...] = SERVE
+    ready_seconds: float = 300.0
+
+
+@dataclass(frozen=True)
+class Server:
+    """A ready server; `url` is its address without a trailing slash."""
+
+    url: str
+    model: str
+    log: Path
+    process: subprocess.Popen[bytes]
+
+    def post(self, path: str, body: dict[str, Any], seconds: float = 300.0) -> dict[str, Any]:
+        """Send JSON and return JSON; raises RuntimeError with the server's words if it refuses."""
+        try:
+            answer = httpx.post(self.url + path, json=body, timeout=seconds)
+        except httpx.HTTPError as error:
+            raise RuntimeError(
+                f"The server did not answer {path} ({type(error).__name__}). See {self.log}."
+            ) from error
+        if answer.status_code != 200:
+            raise RuntimeError(f"The server refused {path}: {answer.text[:500]}. See {self.log}.")
+        result: dict[str, Any] = answer.json()
+        return result
+
+    def metrics(self) -> list[Metric]:
+        """Current values of the server's Prometheus metrics."""
+        return parse_metrics(httpx.get(self.url + "/metrics", timeout=30).text)
+
+
+@dataclass(frozen=True)
+class Metric:
+    """One sample of a Prometheus text exposition."""
+
+    name: str
+    labels: dict[str, str]
+    value: float
+
+
+def parse_metrics(text: str) -> list[Metric]:
+    """Parse the Prometheus text format; comments and blank lines are skipped."""
+    found = []
+    for line in text.splitlines():
+        match = re.fullmatch(r"([a-zA-Z_:][\w:]*)(?:\{(.*)\})?\s+(\S+)(?:\s+\d+)?", line.strip())
+        if match is None:
+            continue
+        labels = dict(re.findall(r'(\w+)="((?:[^"\\]|\\.)*)"', match[2] or ""))
+        found.append(Metric(match[1], labels, float(match[3])))
+    return found
+
+
+def total(metrics: list[Metric], name: str) -> float:
+    """Sum of all samples called `name`; raises KeyError if there is none."""
+    values = [metric.value for metric in metrics if metric.name == name]
+    if not values:
+        raise KeyError(f"The server reports no metric {name!r}.")
+    return sum(values)
+
+
+def free_port() -> int:
+    """A loopback port that nothing listens on at this moment."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+        return port
+
+
+@contextmanager
+def serve(
+    config: ServerConfig, log: Path, progress: Callable[[str], None] = lambda line: None
+) -> Iterator[Server]:
+    """Run a server for the length of a ``with`` block.
+
+    Parameters
+    ----------
+    config : ServerConfig
+        What to start.
+    log : Path
+        File that receives the server's output; replaced.
+    progress : callable
+        Receives one short line per second of waiting.
+
+    Yields
+    ------
+    Server
+        Ready to answer.
+
+    Raises
+    ------
+    RuntimeError
+        If the server ends or does not become ready in time; the message holds the end of its log.
+    """
+    port = free_port()
+    name = "small"
+    address = ["--model", config.model, "--served-model-name", name]
+    address += ["--host", "127.0.0.1", "--port", str(port)]
+    environment = {**os.environ, **OFFLINE, **config.environment}
+    with log.open("wb") as output:
+        process = _start([*config.command, *address, *config.options], environment, output)
+        try:
+            server = Server(f"http://127.0.0.1:{port}", name, log, process)
+            _await(server, config.ready_seconds, progress)
+            yield server
+        finally:
+            _stop(process)
+
+
+def _start(command: list[str], environment: dict[str, str], output: IO[bytes]) -> Any:
+    return subprocess.Popen(  # noqa: S603
+        command,
+        env=environment,
+        stdin=subprocess.DEVNULL,
+        stdout=output,
+        stderr=subprocess.STDOUT,
+        start_new_session=True,  # a process group of its own, to be ended as a whole
+    )
+
+
+def _await(server: Server, seconds: float, progress: Callable[[str], None]) -> None:
+    began = time.monotonic()
+    while (waited := time.monotonic() - began) < seconds:
+        if (code := server.process.poll()) is not None:
+            raise RuntimeError(
+                f"The server ended with status {code} before it was ready. Its log, {server.log}, "
+                f"ends with:\n{_tail(server.log)}"
+            )
+        try:
+            if httpx.get(server.url + "/health", timeout=2).status_code == 200:
+                return
+        except httpx.HTTPError:
+            progress(f"starting, {waited:.0f} s")
+        time.sleep(_POLL_SECONDS)
+    raise RuntimeError(
+        f"The server was not ready after {seconds:.0f} s. Its log, {server.log}, ends with:\n"
+        f"{_tail(server.log)}"
+    )
+
+
+def _tail(log: Path) -> str:
+    lines = log.read_text(encoding="utf-8", errors="replace").splitlines()
+    return "\n".join(lines[-_LOG_LINES:])
+
+
+def _signal_group(process: subprocess.Popen[bytes], number: int) -> bool:
+    """Signal the process group; False once the group is empty."""
+    try:
+        os.killpg(process.pid, number)
+    except ProcessLookupError:
+        return False
+    return True
+
+
+def _stop(process: subprocess.Popen[bytes]) -> None:
+    """End the group: politely, then by force; returns when nothing of it is left."""
+    _signal_group(process, signal.SIGTERM)
+    deadline = time.monotonic() + _GRACE_SECONDS
+    while time.monotonic() < deadline:
+        process.poll()  # reap the leader, or its group never becomes empty
+        if not _signal_group(process, 0):
+            return
+        time.sleep(0.1)
+    _signal_group(process, signal.SIGKILL)
+    process.wait()
