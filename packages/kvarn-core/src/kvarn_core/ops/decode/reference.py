@@ -44,15 +44,16 @@ def attend(
     queries, q_heads, dim = query.shape
     length, kv_heads, _ = key.shape
     ratio = q_heads // kv_heads
-    q = query.view(queries, kv_heads, ratio, dim).permute(1, 2, 0, 3)  # [Hkv, ratio, Q, D]
-    k, v = key.transpose(0, 1)[:, None], value.transpose(0, 1)[:, None]  # [Hkv, 1, N, D]
-    scores = q @ k.mT * sm_scale
+    # the query heads of a KV head are rows of one matrix: [Hkv, Q * ratio, D]
+    q = query.view(queries, kv_heads, ratio, dim).transpose(0, 1).flatten(1, 2)
+    scores = q @ key.permute(1, 2, 0) * sm_scale  # [Hkv, Q * ratio, N]
     if queries > 1:
-        last_visible = torch.arange(length - queries, length)[:, None]
-        scores = scores.masked_fill(torch.arange(length)[None, :] > last_visible, float("-inf"))
+        last_visible = torch.arange(length - queries, length).repeat_interleave(ratio)
+        hidden = torch.arange(length) > last_visible[:, None]
+        scores = scores.masked_fill(hidden, float("-inf"))
     lse = scores.logsumexp(-1)
-    out = (scores - lse[..., None]).exp() @ v
+    out = (scores - lse[..., None]).exp() @ value.transpose(0, 1)
     return (
-        out.permute(2, 0, 1, 3).reshape(queries, q_heads, dim),
-        lse.permute(2, 0, 1).reshape(queries, q_heads),
+        out.unflatten(1, (queries, ratio)).transpose(0, 1).reshape(queries, q_heads, dim),
+        lse.unflatten(1, (queries, ratio)).transpose(0, 1).reshape(queries, q_heads),
     )

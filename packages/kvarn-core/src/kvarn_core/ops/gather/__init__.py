@@ -53,15 +53,15 @@ def gather(
     ----------
     docs/explanation/paging.md.
     """
-    parts = [
-        reference.gather_request(cache, page_table[row], length, position, layout, dtype)
-        for row, (length, position) in enumerate(
-            zip(context_lens.tolist(), positions.tolist(), strict=True)
-        )
-    ]
-    empty = torch.empty(0, cache.shape[1], layout.head_dim, dtype=dtype)
-    key = torch.cat([part[0] for part in parts] or [empty])
-    value = torch.cat([part[1] for part in parts] or [empty])
-    cu_seqlens_k = torch.zeros(len(parts) + 1, dtype=torch.int32)
+    cu_seqlens_k = torch.zeros(len(context_lens) + 1, dtype=torch.int32)
     cu_seqlens_k[1:] = context_lens.cumsum(0)
+    starts = cu_seqlens_k.tolist()
+    shape = (starts[-1], cache.shape[1], layout.head_dim)
+    key, value = torch.empty(shape, dtype=dtype), torch.empty(shape, dtype=dtype)
+    for row, position in enumerate(positions.tolist()):
+        rows = slice(starts[row], starts[row + 1])
+        if rows.start < rows.stop:
+            reference.gather_request(
+                cache, page_table[row], position, layout, key[rows], value[rows]
+            )
     return key, value, cu_seqlens_k

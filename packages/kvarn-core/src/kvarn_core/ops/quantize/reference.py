@@ -80,12 +80,12 @@ def decode(
     key += read_vector(raw["k_zero"], k_order)[:, None, :]
     key *= read_vector(raw["k_token_scale"], m_order)[:, :, None]
 
-    # value [N, D, G] = (code * v_scale[G] + v_zero[G]) * v_channel_scale[D]
-    value = unpack_codes(raw["v_codes"], dim, group, preset.value_bits).float()
-    value *= read_vector(raw["v_scale"], m_order)[:, None, :]
-    value += read_vector(raw["v_zero"], m_order)[:, None, :]
-    value *= read_vector(raw["v_channel_scale"], m_order)[:, :, None]
-    return _cast(key, dtype), _cast(value.mT, dtype)
+    # value [N, G, D] = (code * v_scale[G] + v_zero[G]) * v_channel_scale[D]
+    value = unpack_codes(raw["v_codes"], dim, group, preset.value_bits, transpose=True).float()
+    value *= read_vector(raw["v_scale"], m_order)[:, :, None]
+    value += read_vector(raw["v_zero"], m_order)[:, :, None]
+    value *= read_vector(raw["v_channel_scale"], m_order)[:, None, :]
+    return _cast(key, dtype), _cast(value, dtype)
 
 
 def _cast(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
@@ -273,9 +273,19 @@ def _floor_log2(x: torch.Tensor) -> torch.Tensor:
 
 @cache
 def _code_order(rows: int, cols: int, bits: int) -> torch.Tensor:
-    """Stream index of each code of a [rows, cols] matrix, row-major."""
+    """Stream index of each code of a [rows, cols] matrix."""
     m, k = torch.arange(rows)[:, None], torch.arange(cols)[None, :]
-    return code_index(m, k, rows=rows, cols=cols, bits=bits).flatten()
+    return code_index(m, k, rows=rows, cols=cols, bits=bits)
+
+
+@cache
+def _code_places(
+    rows: int, cols: int, bits: int, transpose: bool
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Byte (int64) and shift (uint8) of each code, row-major, of the matrix or its transpose."""
+    order = _code_order(rows, cols, bits)
+    order = (order.T if transpose else order).flatten()
+    return order * bits // 8, (order * bits % 8).to(torch.uint8)
 
 
 @cache
@@ -286,9 +296,8 @@ def _vector_order(length: int, order: Callable[[torch.Tensor], torch.Tensor]) ->
 def pack_codes(codes: torch.Tensor, bits: int) -> torch.Tensor:
     """Codes [N, M, K] < 2**bits to bytes [N, M * K * bits / 8] in fragment order."""
     count, rows, cols = codes.shape
-    stream = torch.empty(count, rows * cols, dtype=torch.uint8, device=codes.device)
-    order = _code_order(rows, cols, bits).to(codes.device)
-    stream[:, order] = codes.reshape(count, -1).to(torch.uint8)
+    stream = torch.empty(count, rows * cols, dtype=torch.uint8)
+    stream[:, _code_order(rows, cols, bits).flatten()] = codes.reshape(count, -1).to(torch.uint8)
     parts = stream.view(count, -1, 8 // bits)
     packed = parts[..., 0].clone()
     for i in range(1, 8 // bits):
@@ -296,13 +305,14 @@ def pack_codes(codes: torch.Tensor, bits: int) -> torch.Tensor:
     return packed
 
 
-def unpack_codes(packed: torch.Tensor, rows: int, cols: int, bits: int) -> torch.Tensor:
-    """Bytes in fragment order to codes [N, rows, cols], uint8."""
-    mask = 2**bits - 1
-    parts = [(packed >> (bits * i)) & mask for i in range(8 // bits)]
-    stream = torch.stack(parts, dim=-1).flatten(1)
-    order = _code_order(rows, cols, bits).to(packed.device)
-    return stream[:, order].view(-1, rows, cols)
+def unpack_codes(
+    packed: torch.Tensor, rows: int, cols: int, bits: int, *, transpose: bool = False
+) -> torch.Tensor:
+    """Bytes in fragment order to codes [N, rows, cols], or [N, cols, rows], uint8."""
+    byte, shift = _code_places(rows, cols, bits, transpose)
+    codes = packed.gather(1, byte.expand(len(packed), -1))  # an index would cost five times as much
+    codes.bitwise_right_shift_(shift).bitwise_and_(2**bits - 1)
+    return codes.view(-1, *((cols, rows) if transpose else (rows, cols)))
 
 
 def vector_bytes(
@@ -310,11 +320,11 @@ def vector_bytes(
 ) -> torch.Tensor:
     """Permute an fp16 vector [N, L] and return its bytes [N, 2 L]."""
     stored = torch.empty_like(vector, memory_format=torch.contiguous_format)
-    stored[:, _vector_order(vector.shape[1], order).to(vector.device)] = vector
+    stored[:, _vector_order(vector.shape[1], order)] = vector
     return stored.view(torch.uint8)
 
 
 def read_vector(data: torch.Tensor, order: Callable[[torch.Tensor], torch.Tensor]) -> torch.Tensor:
     """Bytes [N, 2 L] of a permuted fp16 vector back to fp32 [N, L]."""
     stored = data.contiguous().view(torch.float16)
-    return stored[:, _vector_order(stored.shape[1], order).to(data.device)].float()
+    return stored[:, _vector_order(stored.shape[1], order)].float()

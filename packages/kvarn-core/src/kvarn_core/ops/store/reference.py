@@ -1,23 +1,13 @@
-"""The definition of storing, in plain torch: one request after the other.
-
-Exact rows lie in pages as D elements of K, then D of V, with the 16-byte pieces of each half
-permuted by `exact_piece`. `read_rows` and `write_rows` are the only code that knows this.
-"""
+"""The definition of storing, in plain torch: one request after the other."""
 
 from __future__ import annotations
 
-from functools import cache as memoize
 from typing import TYPE_CHECKING
 
 import torch
 
-from kvarn_core.layout import (
-    HIT_COLUMN,
-    RING_COLUMN,
-    SINK_COLUMN,
-    exact_piece,
-    seal_phase,
-)
+from kvarn_core.exact import read_rows, ring_pages, write_rows
+from kvarn_core.layout import HIT_COLUMN, RING_COLUMN, SINK_COLUMN, seal_phase
 from kvarn_core.ops.quantize import quantize_key, quantize_value
 from kvarn_core.rotation import exact_rows
 
@@ -52,13 +42,9 @@ def seal(
                 cache, table[SINK_COLUMN : SINK_COLUMN + 1], torch.arange(first, stop),
                 exact_rows(key[rows], layout), exact_rows(value[rows], layout), layout,
             )  # fmt: skip
-        for tile in range(int(table[HIT_COLUMN]), (length - 1) // layout.group):
-            due = [
-                (head, is_value)
-                for head in range(cache.shape[1])
-                for is_value in (False, True)
-                if first <= _due_position(tile, table, layer, head, is_value, layout) < length
-            ]
+        oldest = max(int(table[HIT_COLUMN]), first // layout.group - 1)  # a phase is below G
+        for tile in range(oldest, (length - 1) // layout.group):
+            due = _due_halves(tile, first, length, table, cache.shape[1], layer, layout)
             if due:
                 page = int(table[layout.header_columns + tile])
                 tiles = _tile_rows(tile, first, key[fresh], value[fresh], cache, table, layout)
@@ -86,57 +72,6 @@ def append(
         )  # fmt: skip
 
 
-def ring_pages(table: torch.Tensor, layout: RecordLayout) -> torch.Tensor:
-    """Ring pages of one page table row."""
-    return table[RING_COLUMN : layout.header_columns]
-
-
-def read_rows(
-    cache: torch.Tensor, pages: torch.Tensor, rows: torch.Tensor, layout: RecordLayout
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Exact rows `rows` (int64 [n], counted over `pages`): K and V [n, Hkv, D], row dtype."""
-    page, row = rows // layout.rows_per_page, rows % layout.rows_per_page
-    per_page = _rows_view(cache, layout)  # [P, Hkv, R, 2, pieces, elements]
-    stored = per_page[pages.long()[page], :, row]  # [n, Hkv, 2, pieces, elements]
-    order = _piece_order(stored.shape[3])[row & 7]
-    pieces = stored.gather(3, order[:, None, None, :, None].expand_as(stored))
-    key, value = pieces.flatten(3).unbind(2)
-    return key, value
-
-
-def write_rows(
-    cache: torch.Tensor,
-    pages: torch.Tensor,
-    rows: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    layout: RecordLayout,
-) -> None:
-    """Write K and V [n, Hkv, D] of the row dtype as exact rows `rows` of `pages`."""
-    page, row = rows // layout.rows_per_page, rows % layout.rows_per_page
-    per_page = _rows_view(cache, layout)
-    pieces = torch.stack((key, value), dim=2).unflatten(3, per_page.shape[4:])
-    order = _piece_order(pieces.shape[3])[row & 7]  # its own inverse
-    pieces = pieces.gather(3, order[:, None, None, :, None].expand_as(pieces))
-    per_page[pages.long()[page], :, row] = pieces
-
-
-def _rows_view(cache: torch.Tensor, layout: RecordLayout) -> torch.Tensor:
-    """View pages as exact rows [P, Hkv, R, 2, pieces, elements of a piece], without a copy."""
-    pages, heads = cache.shape[:2]
-    used = cache[:, :, : layout.rows_per_page * layout.row_bytes]
-    dtype = torch.float32 if layout.preset.is_debug else torch.float16
-    elements = 16 // layout.exact_itemsize
-    shape = (layout.rows_per_page, 2, layout.head_dim // elements, elements)
-    return used.view(dtype).unflatten(2, shape)
-
-
-@memoize
-def _piece_order(pieces: int) -> torch.Tensor:
-    """Piece permutations [8, pieces] by page row modulo 8."""
-    return exact_piece(torch.arange(pieces)[None, :], torch.arange(8)[:, None])
-
-
 def _requests(
     seq_lens: torch.Tensor, cu_seqlens_q: torch.Tensor
 ) -> Iterator[tuple[int, int, int, int]]:
@@ -148,12 +83,23 @@ def _requests(
             yield row, starts[row], new, length
 
 
-def _due_position(
-    tile: int, table: torch.Tensor, layer: int, head: int, is_value: bool, layout: RecordLayout
-) -> int:
-    ring_page = int(table[RING_COLUMN])
-    phase = seal_phase(ring_page, layer, head, is_value=is_value, group=layout.group)
-    return (tile + 1) * layout.group + phase
+def _due_halves(
+    tile: int,
+    first: int,
+    length: int,
+    table: torch.Tensor,
+    heads: int,
+    layer: int,
+    layout: RecordLayout,
+) -> list[tuple[int, bool]]:
+    """(head, is_value) of the record halves whose deadline is among the new tokens."""
+    ring_page, complete = int(table[RING_COLUMN]), (tile + 1) * layout.group
+    halves = [(head, is_value) for head in range(heads) for is_value in (False, True)]
+    phase = {
+        half: seal_phase(ring_page, layer, half[0], is_value=half[1], group=layout.group)
+        for half in halves
+    }
+    return [half for half in halves if first <= complete + phase[half] < length]
 
 
 def _tile_rows(
