@@ -150,12 +150,13 @@ class Engine:
     ) -> dict[int, list[Answer]]:
         """Answers by prompt number, one per sample. Aborted requests are left out."""
         from vllm import SamplingParams
+        from vllm.sampling_params import RequestOutputKind
 
         limits = [max_tokens] * len(prompts) if isinstance(max_tokens, int) else max_tokens
         for number, (prompt, limit) in enumerate(zip(prompts, limits, strict=True)):
             params = SamplingParams(
                 max_tokens=limit, ignore_eos=True, detokenize=False, logprobs=1,
-                **{"temperature": 0.0, **sampling},
+                output_kind=RequestOutputKind.FINAL_ONLY, **{"temperature": 0.0, **sampling},
             )  # fmt: skip
             self.engine.add_request(str(number), {"prompt_token_ids": list(prompt)}, params)
         answers, step = {}, 0

@@ -67,7 +67,8 @@ class KVarNFullAttentionSpec(FullAttentionSpec):  # type: ignore[misc]
     @property
     def real_page_size_bytes(self) -> int:
         """Bytes of one page of this layer: a record per KV head."""
-        return self.num_kv_heads * self.layout.record_bytes
+        heads: int = self.num_kv_heads
+        return heads * self.layout.record_bytes
 
     def max_memory_usage_bytes(self, vllm_config: Any) -> int:
         """Bytes that one request of maximal length needs, so that it can always finish.

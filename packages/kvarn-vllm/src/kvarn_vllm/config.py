@@ -52,7 +52,8 @@ class Options:
         ValueError
             If it is not an object, has an unknown key, or an unknown value.
         """
-        given = additional_config.get(OPTIONS_KEY, {}) if isinstance(additional_config, dict) else {}
+        everything = additional_config if isinstance(additional_config, dict) else {}
+        given = everything.get(OPTIONS_KEY, {})
         if not isinstance(given, dict):
             raise ValueError(
                 f"KVarN: additional config {OPTIONS_KEY!r} is {given!r}. "
@@ -114,7 +115,6 @@ def check_engine(config: Any, platform: Any, *, batch_invariant: bool) -> None:
     NotImplementedError, ValueError
         With one sentence of fact and one of remedy.
     """
-    Options.from_config(config.additional_config)
     _check_platform(config, platform)
     _check_model(config.model_config)
     _check_cache(config)
@@ -166,8 +166,9 @@ def _check_cache(config: Any) -> None:
             "Remove --kv-cache-dtype-skip-layers",
         )
     if cache.kv_sharing_fast_prefill:
-        raise _refusal("fast prefill over shared caches is not supported", "Remove "
-                       "--kv-sharing-fast-prefill")  # fmt: skip
+        raise _refusal(
+            "fast prefill over shared caches is not supported", "Remove --kv-sharing-fast-prefill"
+        )
     if config.kv_transfer_config is not None or cache.kv_offloading_size is not None:
         raise _refusal(
             "transfer and offloading of kvarn pages are not supported yet",

@@ -20,7 +20,7 @@ def report(model: str | None = None) -> dict[str, Any]:
     -------
     dict
         Versions, whether the plugin is armed or the reason why not, the platform, the engine, and
-        per preset: bytes per token and KV head, and the ratio to 16-bit keys and values. JSON types.
+        per preset: bytes per token and KV head, their ratio to 16 bits, header pages. JSON types.
     """
     try:
         import vllm

@@ -12,6 +12,7 @@ result does not depend on how a prompt is cut into chunks.
 from __future__ import annotations
 
 import re
+from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -141,9 +142,7 @@ class KVarNImpl(AttentionImpl):  # type: ignore[misc]
         """New rows of one request see each other raw and the context as a decode would."""
         new = len(query)
         context = torch.tensor([length - new], dtype=torch.int32)
-        old_key, old_value, _ = gather(
-            kv_cache, page_table, context, context, layout=self.layout
-        )
+        old_key, old_value, _ = gather(kv_cache, page_table, context, context, layout=self.layout)
         keys = torch.cat((old_key, rotate(key)))
         values = torch.cat((old_value, rotate(value)))
         out = self._attend(rotate(query), keys, values)
@@ -163,7 +162,7 @@ class KVarNImpl(AttentionImpl):  # type: ignore[misc]
         first, group = length - len(query), self.layout.group
         cuts = [first, *range((first // group + 1) * group, length, group), length]
         parts = []
-        for start, stop in zip(cuts, cuts[1:], strict=False):
+        for start, stop in pairwise(cuts):
             part = slice(start - first, stop - first)
             self._append(key[part], value[part], kv_cache, page_table, stop)
             lens = torch.tensor([stop], dtype=torch.int32)
@@ -184,9 +183,7 @@ class KVarNImpl(AttentionImpl):  # type: ignore[misc]
         cu_seqlens_q = torch.tensor([0, len(key)], dtype=torch.int32)
         append(key, value, kv_cache, page_table, lens, cu_seqlens_q, layout=self.layout)
 
-    def _attend(
-        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor
-    ) -> torch.Tensor:
+    def _attend(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
         """Causal attention in rotated space [Q, Hq, D] fp32, rotated back, a block at a time."""
         context = len(key) - len(query)
         blocks = []

@@ -46,7 +46,7 @@ class KVarNManager(FullAttentionManager):  # type: ignore[misc]
 
         Hits that nobody uses count too: touching them removes them from the free pages.
         """
-        columns = self.layout.columns(num_tokens)
+        columns: int = self.layout.columns(num_tokens)
         held = len(self.req_to_blocks.get(request_id, ()))
         if held:
             assert not new_computed_blocks, "Only a new request hits the prefix cache."
@@ -54,7 +54,7 @@ class KVarNManager(FullAttentionManager):  # type: ignore[misc]
         hits = self._pages_of_hits(new_computed_blocks)
         hit_count, own_sink = 1, not new_computed_blocks
         fresh = columns - hit_count - (not own_sink) - len(new_computed_blocks)
-        return fresh + sum(page.ref_cnt == 0 for page in hits)
+        return fresh + sum(1 for page in hits if page.ref_cnt == 0)
 
     def allocate_new_computed_blocks(
         self,

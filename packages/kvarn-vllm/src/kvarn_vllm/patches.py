@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 
 LOG = logging.getLogger("vllm.kvarn")  # vLLM's handlers print it
 BACKEND = "kvarn_vllm.backend.KVarNBackend"
+ENGINE_CONFIG = "vllm.engine.arg_utils:EngineArgs.create_engine_config"
 
 
 @dataclass(frozen=True)
@@ -98,8 +99,7 @@ def _arm() -> Status:
     problem = version_problem() or changed_signature() or slot_problem()
     _add_cache_dtypes(names)
     if problem:
-        _install(Patch("vllm.engine.arg_utils:EngineArgs.create_engine_config",
-                       functools.partial(_refuse, problem), "say why kvarn is not armed"))  # fmt: skip
+        _install(Patch(ENGINE_CONFIG, functools.partial(_refuse, problem), "say why not"))
         return Status(False, problem)
     _add_backend()
     _add_manager()
@@ -189,14 +189,18 @@ def _engine_config(original: Callable[..., Any]) -> Callable[..., Any]:
         import vllm.envs
         from vllm.platforms import current_platform
 
-        Options.from_config(self.additional_config)
+        options = Options.from_config(self.additional_config)
         self.block_size = group_size(self.kv_cache_dtype, self.block_size)
         config = original(self, *args, **kwargs)
         check_engine(config, current_platform, batch_invariant=vllm.envs.VLLM_BATCH_INVARIANT)
         if problem := slot_problem():
             raise ValueError(problem)
-        LOG.info("KVarN: KV cache dtype %s, %s", self.kv_cache_dtype,
-                    Options.from_config(config.additional_config))  # fmt: skip
+        LOG.info(
+            "KVarN: KV cache dtype %s, prefill %s, recipe %s.",
+            self.kv_cache_dtype,
+            options.prefill,
+            options.recipe.name,
+        )
         return config
 
     return create_engine_config
@@ -298,7 +302,7 @@ def _table_columns() -> int:
 
 PATCHES = (
     Patch(
-        "vllm.engine.arg_utils:EngineArgs.create_engine_config",
+        ENGINE_CONFIG,
         _engine_config,
         "choose the page size and refuse what is not supported, before anything is loaded",
     ),

@@ -42,8 +42,7 @@ SIGNATURES: dict[str, str] = {
         "num_tokens_main_model apply_admission_cap"
     ),
     f"{_MANAGER}.allocate_new_computed_blocks": (
-        "self request_id new_computed_blocks num_local_computed_tokens "
-        "num_external_computed_tokens"
+        "self request_id new_computed_blocks num_local_computed_tokens num_external_computed_tokens"
     ),
     f"{_MANAGER}.allocate_new_blocks": "self request_id num_tokens num_tokens_main_model",
     f"{_MANAGER}.cache_blocks": "self request num_tokens alignment_tokens",
@@ -59,8 +58,7 @@ SIGNATURES: dict[str, str] = {
         "logits_soft_cap attn_type kv_sharing_target_layer_name"
     ),
     f"{_BACKEND}:AttentionImpl.forward": (
-        "self layer query key value kv_cache attn_metadata output output_scale "
-        "output_block_scale"
+        "self layer query key value kv_cache attn_metadata output output_scale output_block_scale"
     ),
     f"{_BACKEND}:AttentionBackend.get_kv_cache_shape": (
         "num_blocks block_size num_kv_heads head_size cache_dtype_str"
