@@ -57,7 +57,9 @@ class ModelConfig:
         """Read `config.json` in `folder`; raises ValueError unless it describes a tied Qwen3 model."""
         data = json.loads((folder / "config.json").read_text(encoding="utf-8"))
         if data.get("architectures") != ["Qwen3ForCausalLM"] or not data.get("tie_word_embeddings"):
-            raise ValueError(f"{folder} is not a Qwen3ForCausalLM with tied embeddings. Choose the small model.")
+            raise ValueError(
+                f"{folder} is not a Qwen3ForCausalLM with tied embeddings. Choose the small model."
+            )
         data["rope_theta"] = data["rope_parameters"]["rope_theta"]
         return cls(**{field.name: data[field.name] for field in dataclasses.fields(cls)})
 
@@ -123,7 +125,9 @@ def causal_attention(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
     mask = None
     if 1 < tq < tk:
         mask = torch.ones(tq, tk, dtype=torch.bool, device=q.device).tril(tk - tq)
-    return F.scaled_dot_product_attention(q, k, v, mask, is_causal=tq == tk, scale=scale, enable_gqa=True)
+    return F.scaled_dot_product_attention(
+        q, k, v, mask, is_causal=tq == tk, scale=scale, enable_gqa=True
+    )
 
 
 class SelfAttention(nn.Module):
@@ -228,7 +232,9 @@ class SmallModel(nn.Module):
         x = self.model.embed_tokens(ids)
         half = self.config.head_dim // 2
         exponent = torch.arange(half, device=ids.device, dtype=torch.float32) / half
-        position = torch.arange(start, start + ids.shape[-1], device=ids.device, dtype=torch.float32)
+        position = torch.arange(
+            start, start + ids.shape[-1], device=ids.device, dtype=torch.float32
+        )
         angle = position[:, None] * self.config.rope_theta**-exponent
         cos, sin = angle.cos().to(x.dtype), angle.sin().to(x.dtype)
         for layer in self.model.layers:
@@ -247,8 +253,15 @@ class SmallModel(nn.Module):
     def save(self, folder: Path) -> None:
         """Write config, generation config, tokenizer and fp16 weights to `folder`, which is created."""
         folder.mkdir(parents=True, exist_ok=True)
-        generation = {"do_sample": False, "eos_token_id": tokenizer.EOS, "pad_token_id": tokenizer.PAD}
-        for name, content in (("config.json", self.config.to_json()), ("generation_config.json", generation)):
+        generation = {
+            "do_sample": False,
+            "eos_token_id": tokenizer.EOS,
+            "pad_token_id": tokenizer.PAD,
+        }
+        for name, content in (
+            ("config.json", self.config.to_json()),
+            ("generation_config.json", generation),
+        ):
             (folder / name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
         tokenizer.save_tokenizer(folder, max_length=self.config.max_position_embeddings)
         weights = {name: p.detach().to("cpu", torch.float16) for name, p in self.named_parameters()}

@@ -62,13 +62,20 @@ class Muon(torch.optim.Optimizer):
     """
 
     def __init__(
-        self, params: Iterable[Tensor], *, lr: float, momentum: float = 0.95, weight_decay: float = 0.0
+        self,
+        params: Iterable[Tensor],
+        *,
+        lr: float,
+        momentum: float = 0.95,
+        weight_decay: float = 0.0,
     ) -> None:
         super().__init__(params, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay})
         for group in self.param_groups:
             for p in group["params"]:
                 if p.ndim != 2:
-                    raise ValueError(f"Muon got a parameter of shape {tuple(p.shape)}. Give it matrices only.")
+                    raise ValueError(
+                        f"Muon got a parameter of shape {tuple(p.shape)}. Give it matrices only."
+                    )
 
     @torch.no_grad()
     def step(self) -> None:  # type: ignore[override]

@@ -1,7 +1,7 @@
 """Two task families whose answers a damaged KV cache gets wrong.
 
-Both open with a table of names and three-digit values, and one rule holds throughout: a name followed
-by a colon is followed by its value. Names are pairs of letters from one grid, so every name has many
+Both open with a table of names and three-digit values. A name may be written again: its last value
+counts. One rule holds throughout: a name followed by a colon is followed by its value. Names are pairs of letters from one grid, so every name has many
 neighbours that differ in one letter, and each look-up must pick one row among hundreds.
 
 `recall`   `<recall>qB:417;xB:@qZ;...?[1]xB[2]qB...=` asks `[1]xB:@qZ:903;[2]qB:417;...`
@@ -34,7 +34,10 @@ IGNORE = -100
 
 _DIGIT, _LETTER, _LABEL = IDS[DIGITS[0]], IDS[LETTERS[0]], IDS["[1]"]
 _ROW_TOKENS = 7  # q B : 4 1 7 ;
-_LINK_SHARE = 4  # one row and one query in four is a link
+_LINK_SHARE = 4  # one name and one query in four is a link
+
+REWRITES = 0.5
+"""Share of table rows that write a name again, in held-out items unless asked otherwise."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,14 +75,15 @@ def _flat(*parts: Ids | int) -> Ids:
     """Concatenate `[B, ...]` parts and single tokens into one row of tokens per item."""
     count = next(len(p) for p in parts if not isinstance(p, int))
     return np.concatenate(
-        [np.full((count, 1), p) if isinstance(p, int) else p.reshape(count, -1) for p in parts], axis=1
+        [np.full((count, 1), p) if isinstance(p, int) else p.reshape(count, -1) for p in parts],
+        axis=1,
     )
 
 
-def _names(rng: np.random.Generator, count: int, pairs: int) -> Ids:
-    """`pairs` distinct two-letter names per item from a nearly full grid of letters: `[B, N, 2]`."""
-    side = min(len(LETTERS), math.isqrt(pairs + pairs // 4) + 1)
-    cell = _shuffled(rng, count, side * side)[:, :pairs]
+def _names(rng: np.random.Generator, count: int, names: int) -> Ids:
+    """Distinct two-letter names per item from a nearly full grid of letters: `[B, M, 2]`."""
+    side = min(len(LETTERS), math.isqrt(names + names // 4) + 1)
+    cell = _shuffled(rng, count, side * side)[:, :names]
     first, second = _shuffled(rng, count, len(LETTERS)), _shuffled(rng, count, len(LETTERS))
     return _LETTER + np.stack((_take(first, cell // side), _take(second, cell % side)), 2)
 
@@ -93,68 +97,109 @@ def _labels(count: int, questions: int) -> Ids:
     return np.broadcast_to(_LABEL + np.arange(questions)[:, None], (count, questions, 1))
 
 
-def _recall(rng: np.random.Generator, count: int, pairs: int, questions: int) -> tuple[Ids, Ids]:
-    names = _names(rng, count, pairs)
-    value = _digits(rng.integers(0, 1000, (count, pairs)))
-    links, linked = pairs // _LINK_SHARE, questions // _LINK_SHARE
-    target = rng.integers(links, pairs, (count, links))
-    shown = value.copy()
-    shown[:, :links] = _join(IDS["@"], _take(names, target))
-    value[:, :links] = _take(value, target)
+@dataclasses.dataclass(frozen=True)
+class _Table:
+    """Names and, row by row, what is written to them; `B` items, `M` names, `N >= M` rows."""
+
+    names: Ids  # [B, M, 2] tokens
+    row_name: Ids  # [B, N] which name a row writes
+    last_row: Ids  # [B, M] the row that counts
+
+    @classmethod
+    def draw(cls, rng: np.random.Generator, count: int, rows: int, rewrites: int) -> _Table:
+        names = rows - rewrites
+        written = np.concatenate(
+            (np.tile(np.arange(names), (count, 1)), rng.integers(0, names, (count, rewrites))),
+            axis=1,
+        )
+        written = _take(written, _shuffled(rng, count, rows))
+        last_row = np.zeros((count, names), dtype=np.int64)
+        np.maximum.at(last_row, (np.arange(count)[:, None], written), np.arange(rows))
+        return cls(_names(rng, count, names), written, last_row)
+
+    def tokens(self, value: Ids) -> Ids:
+        """The table as text; value `[B, N, 3]`."""
+        return _join(_take(self.names, self.row_name), IDS[":"], value, IDS[";"])
+
+
+def _recall(
+    rng: np.random.Generator, count: int, rows: int, rewrites: int, questions: int
+) -> tuple[Ids, Ids]:
+    table = _Table.draw(rng, count, rows, rewrites)
+    names = rows - rewrites
+    links, linked = names // _LINK_SHARE, questions // _LINK_SHARE
+    number = _digits(rng.integers(0, 1000, (count, rows)))
+    target = rng.integers(links, names, (count, rows))
+    is_link = table.row_name < links
+    value = np.where(is_link[:, :, None], _join(IDS["@"], _take(table.names, target)), number)
 
     asked = np.concatenate(
         (
             _shuffled(rng, count, links)[:, :linked],
-            links + _shuffled(rng, count, pairs - links)[:, : questions - linked],
+            links + _shuffled(rng, count, names - links)[:, : questions - linked],
         ),
         axis=1,
     )
     asked = _take(asked, _shuffled(rng, count, questions))
-    label, name = _labels(count, questions), _take(names, asked)
-    table = _join(names, IDS[":"], shown, IDS[";"])
-    table = _take(table, _shuffled(rng, count, pairs))
-    prompt = _flat(np.full(count, IDS["<recall>"]), table, IDS["?"], _join(label, name), IDS["="])
+    label, name = _labels(count, questions), _take(table.names, asked)
+    prompt = _flat(
+        np.full(count, IDS["<recall>"]), table.tokens(value), IDS["?"], _join(label, name), IDS["="]
+    )
 
-    hop = _join(IDS[":"], _take(value, asked))  # the second read of a link
-    lines = _join(label, name, IDS[":"], _take(shown, asked), hop, IDS[";"])
+    row = _take(table.last_row, asked)
+    end_row = _take(table.last_row, _take(target, row))  # the second read of a link
+    second = _join(IDS[":"], _take(number, end_row))
+    lines = _join(label, name, IDS[":"], _take(value, row), second, IDS[";"])
     keep = np.ones(lines.shape, dtype=bool)
     keep[:, :, -5:-1] = (asked < links)[:, :, None]
     return prompt, _flat(lines[keep].reshape(count, -1), EOS)
 
 
-def _arith(rng: np.random.Generator, count: int, pairs: int, questions: int) -> tuple[Ids, Ids]:
-    names = _names(rng, count, pairs)
-    value = rng.integers(0, 1000, (count, pairs))
-    table = _join(names, IDS[":"], _digits(value), IDS[";"])
-
-    asked = rng.integers(0, pairs, (count, questions + 1))  # the first step reads two rows
-    name, right = _take(names, asked), _take(value, asked)
+def _arith(
+    rng: np.random.Generator, count: int, rows: int, rewrites: int, questions: int
+) -> tuple[Ids, Ids]:
+    table = _Table.draw(rng, count, rows, rewrites)
+    value = rng.integers(0, 1000, (count, rows))
+    asked = rng.integers(
+        0, rows - rewrites, (count, questions + 1)
+    )  # the first step reads two names
+    name, operand = _take(table.names, asked), _take(value, _take(table.last_row, asked))
     step = np.arange(1, questions)
     earlier = np.where(
-        rng.random((count, questions - 1)) < 0.5, step - 1, rng.integers(0, step, (count, questions - 1))
+        rng.random((count, questions - 1)) < 0.5,
+        step - 1,
+        rng.integers(0, step, (count, questions - 1)),
     )
     minus = rng.random((count, questions)) < 0.5
-    left, result = np.empty_like(right[:, 1:]), np.empty_like(right[:, 1:])
+    right = operand[:, 1:]
+    left, result = np.empty_like(right), np.empty_like(right)
     for i in range(questions):
-        left[:, i] = _take(result, earlier[:, i - 1 : i])[:, 0] if i else right[:, 0]
-        result[:, i] = (left[:, i] + np.where(minus[:, i], -1, 1) * right[:, i + 1]) % 1000
+        left[:, i] = _take(result, earlier[:, i - 1 : i])[:, 0] if i else operand[:, 0]
+        result[:, i] = (left[:, i] + np.where(minus[:, i], -1, 1) * right[:, i]) % 1000
 
-    label = _labels(count, questions)
+    label, cited = _labels(count, questions), (_LABEL + earlier)[:, :, None]
     sign = np.where(minus, IDS["-"], IDS["+"])[:, :, None]
-    second = name[:, 1:]
-    cited = (_LABEL + earlier)[:, :, None]
-    first_step = _join(label[:, :1], name[:, :1], sign[:, :1], second[:, :1], IDS[";"])
-    steps = _join(label[:, 1:], cited, sign[:, 1:], second[:, 1:], IDS[";"])
-    prompt = _flat(np.full(count, IDS["<arith>"]), table, IDS["?"], first_step, steps, IDS["="])
-
     a = _join(IDS[":"], _digits(left))
-    b = _join(IDS[":"], _digits(right[:, 1:]), IDS["="], label, IDS[":"], _digits(result), IDS[";"])
-    first_line = _join(label[:, :1], name[:, :1], a[:, :1], sign[:, :1], second[:, :1], b[:, :1])
-    lines = _join(label[:, 1:], cited, a[:, 1:], sign[:, 1:], second[:, 1:], b[:, 1:])
-    return prompt, _flat(first_line, lines, EOS)
+    b = _join(
+        name[:, 1:], IDS[":"], _digits(right), IDS["="], label, IDS[":"], _digits(result), IDS[";"]
+    )
+    prompt = _flat(
+        np.full(count, IDS["<arith>"]),
+        table.tokens(_digits(value)),
+        IDS["?"],
+        _join(label[:, :1], name[:, :1], sign[:, :1], name[:, 1:2], IDS[";"]),
+        _join(label[:, 1:], cited, sign[:, 1:], name[:, 2:], IDS[";"]),
+        IDS["="],
+    )
+    answer = _flat(
+        _join(label[:, :1], name[:, :1], a[:, :1], sign[:, :1], b[:, :1]),
+        _join(label[:, 1:], cited, a[:, 1:], sign[:, 1:], b[:, 1:]),
+        EOS,
+    )
+    return prompt, answer
 
 
-_GENERATORS: dict[Family, Callable[[np.random.Generator, int, int, int], tuple[Ids, Ids]]] = {
+_GENERATORS: dict[Family, Callable[[np.random.Generator, int, int, int, int], tuple[Ids, Ids]]] = {
     "recall": _recall,
     "arith": _arith,
 }
@@ -167,7 +212,14 @@ def question_tokens(family: Family, questions: int) -> tuple[int, int]:
     return 4 + 6 * questions, 20 * questions + 2
 
 
-def make_item(family: Family, seed: int, *, prompt_tokens: int = 1024, questions: int = 16) -> Item:
+def make_item(
+    family: Family,
+    seed: int,
+    *,
+    prompt_tokens: int = 1024,
+    questions: int = 16,
+    rewrites: float = REWRITES,
+) -> Item:
     """One held-out problem; the same arguments always give the same item.
 
     Parameters
@@ -180,6 +232,8 @@ def make_item(family: Family, seed: int, *, prompt_tokens: int = 1024, questions
         Upper bound of the prompt, in tokens; the prompt is at most 13 tokens shorter.
     questions : int
         Queries (`recall`, 9 answer tokens each) or steps (`arith`, 20 answer tokens each), 1 to 64.
+    rewrites : float
+        Share of rows that write a name again, at least 0. More of them make look-ups harder.
 
     Returns
     -------
@@ -188,25 +242,33 @@ def make_item(family: Family, seed: int, *, prompt_tokens: int = 1024, questions
     Raises
     ------
     ValueError
-        If `questions` is out of range, or the prompt is too short for a table of as many rows or too
-        long for one name per row.
+        If `questions` is out of range, or the prompt has room for too few names or for too many.
     """
     if not 1 <= questions <= MAX_LABEL:
         raise ValueError(f"{questions} questions cannot be labelled. Choose 1 to {MAX_LABEL}.")
-    pairs = (prompt_tokens - question_tokens(family, questions)[0]) // _ROW_TOKENS
-    pairs -= 1 - pairs % 2
-    if not max(questions, 5) <= pairs <= len(LETTERS) ** 2:
+    rows = (prompt_tokens - question_tokens(family, questions)[0]) // _ROW_TOKENS
+    rows -= 1 - rows % 2
+    rewritten = int(rows * rewrites)
+    names = rows - rewritten
+    if not max(questions, 5) <= names <= len(LETTERS) ** 2:
         raise ValueError(
-            f"A prompt of {prompt_tokens} tokens gives {family} a table of {pairs} rows. Choose prompt_tokens for "
-            f"{max(questions, 5)} to {len(LETTERS) ** 2} rows of {_ROW_TOKENS} tokens."
+            f"A prompt of {prompt_tokens} tokens gives {family} a table of {names} names. Choose prompt_tokens "
+            f"and rewrites for {max(questions, 5)} to {len(LETTERS) ** 2} names; a row has {_ROW_TOKENS} tokens."
         )
-    rng = np.random.default_rng([FAMILIES.index(family), prompt_tokens, questions, seed])
-    prompt, answer = _GENERATORS[family](rng, 1, pairs, questions)
+    rng = np.random.default_rng([FAMILIES.index(family), prompt_tokens, questions, rewritten, seed])
+    prompt, answer = _GENERATORS[family](rng, 1, rows, rewritten, questions)
     return Item(family, seed, decode(prompt[0]), decode(answer[0]), prompt.size, answer.size)
 
 
 def held_out(
-    family: Family, count: int, *, min_tokens: int, max_tokens: int, questions: int = 16, first_seed: int = 0
+    family: Family,
+    count: int,
+    *,
+    min_tokens: int,
+    max_tokens: int,
+    questions: int = 16,
+    first_seed: int = 0,
+    rewrites: float = REWRITES,
 ) -> list[Item]:
     """Held-out problems with prompt lengths spread evenly over a range.
 
@@ -222,6 +284,8 @@ def held_out(
         Queries or steps per item.
     first_seed : int
         Seed of the first item; the others follow.
+    rewrites : float
+        Share of rows that write a name again.
 
     Returns
     -------
@@ -229,7 +293,9 @@ def held_out(
     """
     lengths = np.linspace(min_tokens, max_tokens, count).astype(int).tolist()
     return [
-        make_item(family, first_seed + i, prompt_tokens=length, questions=questions)
+        make_item(
+            family, first_seed + i, prompt_tokens=length, questions=questions, rewrites=rewrites
+        )
         for i, length in enumerate(lengths)
     ]
 
@@ -267,8 +333,10 @@ def training_batch(rng: np.random.Generator, count: int, length: int) -> tuple[I
         room = length + 1 if group < 2 else int(rng.integers(length // 2, length + 2))
         per_question = sum(question_tokens(family, 8)) / 8
         questions = int(np.clip(room * rng.uniform(0.1, 0.6) / per_question, 2, MAX_LABEL))
-        pairs = (room - sum(question_tokens(family, questions))) // _ROW_TOKENS
-        prompt, answer = _GENERATORS[family](rng, count // 4, pairs - pairs % 2, questions)
+        rows = (room - sum(question_tokens(family, questions))) // _ROW_TOKENS
+        rows -= rows % 2
+        rewrites = min(int(rows * rng.uniform(0, 0.95)), rows - questions)
+        prompt, answer = _GENERATORS[family](rng, count // 4, rows, rewrites, questions)
         start, end = prompt.shape[1], prompt.shape[1] + answer.shape[1]
         ids[group::4, :end] = np.concatenate((prompt, answer), 1)
         is_answer[group::4, start:end] = True

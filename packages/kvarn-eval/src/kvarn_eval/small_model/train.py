@@ -9,6 +9,7 @@ a step. Steps are counted, not seconds, so the same seed gives the same items on
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 import logging
 import queue
@@ -49,7 +50,7 @@ class Plan:
     phases: tuple[Phase, ...] = (
         Phase(2500, (512,), (1.0,)),
         Phase(2500, (512, 2048), (0.3, 0.7)),
-        Phase(4000, (512, 2048, 8192), (0.2, 0.3, 0.5)),
+        Phase(5000, (512, 2048, 8192), (0.2, 0.3, 0.5)),
     )
     batch_tokens: int = 65_536
     matrix_lr: float = 6e-3
@@ -60,7 +61,8 @@ class Plan:
     compile: bool = True
     test_items: int = 128
     test_lengths: tuple[int, ...] = (1024, 2048, 4096, 7168)
-    test_questions: dict[str, int] = dataclasses.field(default_factory=lambda: {"recall": 24, "arith": 16})
+    test_rewrites: tuple[float, ...] = (0.25, 0.5, 0.75, 0.87)
+    test_questions: int = 16
 
     @property
     def steps(self) -> int:
@@ -106,31 +108,40 @@ def _scores(logits: Tensor, targets: Tensor) -> Tensor:
     """Share of right answer tokens, then of right answers, each per family: `[4]`."""
     answer = targets != IGNORE
     wrong = (logits.argmax(-1) != targets) & answer
-    tokens = [1 - wrong[i :: len(FAMILIES)].sum() / answer[i :: len(FAMILIES)].sum() for i in range(len(FAMILIES))]
+    tokens = [
+        1 - wrong[i :: len(FAMILIES)].sum() / answer[i :: len(FAMILIES)].sum()
+        for i in range(len(FAMILIES))
+    ]
     items = [1 - wrong[i :: len(FAMILIES)].any(1).float().mean() for i in range(len(FAMILIES))]
     return torch.stack((*tokens, *items))
 
 
 def _accuracy(model: SmallModel, plan: Plan) -> list[dict[str, Any]]:
-    """Exact-match accuracy on held-out items, one row per family and prompt length."""
+    """Exact-match accuracy on held-out items, per family, share of rewrites and prompt length."""
     rows = []
-    for family in FAMILIES:
-        for length in plan.test_lengths:
-            items = held_out(
-                family, plan.test_items, min_tokens=length, max_tokens=length, questions=plan.test_questions[family]
-            )
-            right = sum(exact_match(model, item) for item in items)
-            rows.append(
-                {
-                    "family": family,
-                    "prompt_tokens": length,
-                    "answer_tokens": round(sum(item.answer_tokens for item in items) / len(items)),
-                    "items": len(items),
-                    "right": right,
-                    "accuracy": right / len(items),
-                }
-            )
-            logger.info("%s", rows[-1])
+    cases = itertools.product(FAMILIES, plan.test_rewrites, plan.test_lengths)
+    for family, rewrites, length in cases:
+        items = held_out(
+            family,
+            plan.test_items,
+            min_tokens=length,
+            max_tokens=length,
+            questions=plan.test_questions,
+            rewrites=rewrites,
+        )
+        chunks = (items[i : i + 16] for i in range(0, len(items), 16))
+        right = sum(sum(exact_match(model, chunk)) for chunk in chunks)
+        rows.append(
+            {
+                "family": family,
+                "rewrites": rewrites,
+                "prompt_tokens": items[0].prompt_tokens,
+                "answer_tokens": items[0].answer_tokens,
+                "items": len(items),
+                "right": right,
+            }
+        )
+        logger.info("%s", rows[-1])
     return rows
 
 
@@ -171,7 +182,9 @@ def train(
     """
     plan, config = plan or Plan(), config or ModelConfig()
     if device.startswith("cuda") and not torch.cuda.is_available():
-        raise RuntimeError("Training needs a CUDA GPU and torch sees none. Run it on a machine with one.")
+        raise RuntimeError(
+            "Training needs a CUDA GPU and torch sees none. Run it on a machine with one."
+        )
     torch.manual_seed(seed)
     model = SmallModel(config)
     initialise(model, seed)
@@ -209,9 +222,19 @@ def train(
         if (step + 1) % plan.log_every == 0:
             values = [round(x, 5) for x in (totals / plan.log_every).tolist()]
             totals.zero_()
-            names = ("loss", *(f"{family}_{what}" for what in ("tokens", "items") for family in FAMILIES))
+            names = (
+                "loss",
+                *(f"{family}_{what}" for what in ("tokens", "items") for family in FAMILIES),
+            )
             seconds = round(time.monotonic() - began, 1)
-            curve.append({"step": step + 1, "seconds": seconds, "tokens": tokens, **dict(zip(names, values, strict=True))})
+            curve.append(
+                {
+                    "step": step + 1,
+                    "seconds": seconds,
+                    "tokens": tokens,
+                    **dict(zip(names, values, strict=True)),
+                }
+            )
             logger.info("%s", curve[-1])
             if time.monotonic() - began > 60 * minutes:
                 raise RuntimeError(
