@@ -48,8 +48,8 @@ class Plan:
     """Everything about a run but its seed."""
 
     phases: tuple[Phase, ...] = (
-        Phase(2500, (512,), (1.0,)),
-        Phase(2500, (512, 2048), (0.3, 0.7)),
+        Phase(2000, (512,), (1.0,)),
+        Phase(2000, (512, 2048), (0.3, 0.7)),
         Phase(5000, (512, 2048, 8192), (0.2, 0.3, 0.5)),
     )
     batch_tokens: int = 65_536
