@@ -44,8 +44,8 @@ def read_rows(
         Rotated rows.
     """
     page, row = rows // layout.rows_per_page, rows % layout.rows_per_page
-    stored = _rows_view(cache, layout)[pages.long()[page], :, row]  # [n, Hkv, 2, pieces, elements]
-    key, value = _permute_pieces(stored, row).flatten(3).unbind(2)
+    stored = _rows_view(cache.index_select(0, pages), layout)[page, :, row]
+    key, value = _permute_pieces(stored, row).flatten(3).unbind(2)  # from [n, Hkv, 2, ...]
     return key, value
 
 

@@ -233,4 +233,4 @@ def seal_phase(ring_page: int, layer: int, head: int, *, is_value: bool, group: 
     Tile t is sealed in the step that writes position (t+1)·G + f. The phase spreads the work of
     requests that complete tiles together; readers do not depend on it.
     """
-    return (29 * ring_page + 37 * layer + 13 * head + 64 * is_value) % group
+    return (29 * ring_page + 37 * layer + 13 * head + group // 2 * is_value) % group

@@ -13,6 +13,8 @@ from kvarn_core.ops.quantize import dequantize
 if TYPE_CHECKING:
     from kvarn_core.layout import RecordLayout
 
+TILES_AT_ONCE = 8  # bounds the workspace, and keeps it in the processor's cache
+
 
 def gather_request(
     cache: torch.Tensor,
@@ -23,20 +25,21 @@ def gather_request(
     value: torch.Tensor,
 ) -> None:
     """Fill `key` and `value` [length, Hkv, D] of one request as the query at `position` sees it."""
-    length, heads, dim = key.shape
+    (length, heads, dim), group = key.shape, layout.group
     packed = layout.packed_tiles(position, int(table[HIT_COLUMN]))
-    split = min(packed * layout.group, length)  # first exact token behind the records
-    tiles = -(-split // layout.group)
-    pages = table[layout.header_columns : layout.header_columns + tiles].long()
-    records = dequantize(cache[pages].flatten(0, 1), layout, key.dtype)
+    split = min(packed * group, length)  # first exact token behind the records
+    for start in range(0, split, TILES_AT_ONCE * group):
+        stop = min(start + TILES_AT_ONCE * group, split)
+        columns = slice(layout.header_columns + start // group, layout.columns(stop) + 1)
+        pages = table[columns]
+        records = cache.index_select(0, pages).flatten(0, 1)  # [tiles * Hkv, record_bytes]
+        for out, tiles in zip((key, value), dequantize(records, layout, key.dtype), strict=True):
+            rows = tiles.view(-1, heads, group, dim).transpose(1, 2).reshape(-1, heads, dim)
+            out[start:stop] = rows[: stop - start]
+
     ring = torch.arange(split, length) % layout.ring_rows
     recent = read_rows(cache, ring_pages(table, layout), ring, layout)
-    for out, old, new in zip((key, value), records, recent, strict=True):
-        by_token = old.view(tiles, heads, layout.group, dim).transpose(1, 2)
-        for tile, rows in enumerate(out[:split].split(layout.group)):
-            rows.copy_(by_token[tile, : len(rows)])
-        out[split:] = new
-
+    key[split:], value[split:] = recent
     if packed and int(table[SINK_COLUMN]):
         count = min(layout.sink_rows, length)
         sink = table[SINK_COLUMN : SINK_COLUMN + 1]

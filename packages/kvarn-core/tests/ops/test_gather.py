@@ -1,0 +1,151 @@
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from kvarn_core.layout import HIT_COLUMN, SINK_COLUMN, RecordLayout
+from kvarn_core.ops.gather import gather
+from kvarn_core.rotation import exact_rows
+from kvarn_core.spec import DEBUG_PRESETS, PRESETS
+from kvarn_core.testing import naive
+from kvarn_core.testing.compare import assert_same_bits
+from kvarn_core.testing.inputs import draw
+from kvarn_core.testing.paging import POISONS, Paging, allocate, store_sequence
+
+DEFAULT = RecordLayout(PRESETS["kvarn_k4v2_g128"], 128)
+SMALL = RecordLayout(PRESETS["kvarn_k2v2_g64"], 64)
+
+
+def _stored(
+    layout: RecordLayout, tokens: int, *, sink: bool = True, fill: int = 0xFF, seed: int = 0
+) -> Paging:
+    paging = allocate(layout, [tokens], sink=sink, fill=fill, seed=seed)
+    shape = (tokens, 2, layout.head_dim)
+    key, value = draw("gaussian", shape, seed=1), draw("outlier_channel", shape, seed=2)
+    store_sequence(paging, 0, key, value, [tokens])
+    return paging
+
+
+def _gather(
+    paging: Paging, lengths: list[int], positions: list[int], **options: torch.dtype
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    where = (torch.tensor(lengths, dtype=torch.int32), torch.tensor(positions, dtype=torch.int32))
+    return gather(paging.cache, paging.page_table, *where, layout=paging.layout, **options)
+
+
+@pytest.mark.parametrize("tokens", [1, 127, 128, 129, 255, 256, 257, 384, 385, 700])
+@pytest.mark.parametrize("sink", [True, False], ids=["sink", "null-sink"])
+def test_every_token_is_what_the_visibility_rule_says(tokens: int, sink: bool) -> None:
+    paging = _stored(DEFAULT, tokens, sink=sink)
+    want = naive.view(
+        paging.cache.numpy(), paging.page_table[0].numpy(), tokens, tokens - 1,
+        group=128, dim=128, key_bits=4, value_bits=2,
+    )  # fmt: skip
+    key, value, cu_seqlens = _gather(paging, [tokens], [tokens - 1])
+    assert cu_seqlens.tolist() == [0, tokens]
+    for got, expected in zip((key, value), want, strict=True):
+        assert_same_bits(got, torch.from_numpy(expected))
+
+
+def test_a_prefix_may_be_read_shorter_than_its_records() -> None:
+    paging = _stored(SMALL, 400)
+    whole = _gather(paging, [400], [399])
+    for length in (1, 26, 63, 64, 65, 128, 200, 320, 321):
+        part = _gather(paging, [length], [399])
+        for got, want in zip(part[:2], whole[:2], strict=True):
+            assert_same_bits(got, want[:length])
+
+
+def test_a_query_in_the_past_of_the_ring_sees_exact_rows() -> None:
+    """A prefill in which every query sees what a decode step at its position would see."""
+    paging = _stored(SMALL, 3 * 64)
+    table, cache = paging.page_table[0].numpy(), paging.cache.numpy()
+    for position in (128, 150, 191):
+        got = _gather(paging, [position + 1], [position])
+        want = naive.view(
+            cache, table, position + 1, position, group=64, dim=64, key_bits=2, value_bits=2
+        )
+        for x, y in zip(got[:2], want, strict=True):
+            assert_same_bits(x, torch.from_numpy(y))
+
+
+def test_hit_tiles_are_records_at_once() -> None:
+    paging = _stored(SMALL, 300)
+    paging.page_table[0, HIT_COLUMN], paging.page_table[0, SINK_COLUMN] = 3, 0
+    got = _gather(paging, [200], [199])
+    want = naive.view(
+        paging.cache.numpy(), paging.page_table[0].numpy(), 200, 199,
+        group=64, dim=64, key_bits=2, value_bits=2,
+    )  # fmt: skip
+    for x, y in zip(got[:2], want, strict=True):
+        assert_same_bits(x, torch.from_numpy(y))
+
+
+def test_requests_follow_one_another_and_empty_ones_read_nothing() -> None:
+    paging = allocate(SMALL, [300, 10, 130], seed=3)
+    for i, tokens in enumerate((300, 10, 130)):
+        key, value = (draw("gaussian", (tokens, 2, 64), seed=i + j) for j in (0, 9))
+        store_sequence(paging, i, key, value, [tokens])
+    alone = [
+        gather(paging.cache, paging.page_table[i : i + 1], torch.tensor([n]), torch.tensor([n - 1]),
+               layout=SMALL)
+        for i, n in ((0, 300), (2, 130))
+    ]  # fmt: skip
+    paging.page_table[1] = 10**6  # a padded row names no page
+    key, value, cu_seqlens = _gather(paging, [300, 0, 130], [299, -1, 129])
+    assert cu_seqlens.tolist() == [0, 300, 300, 430]
+    assert cu_seqlens.dtype == torch.int32
+    assert_same_bits(key, torch.cat([part[0] for part in alone]))
+    assert_same_bits(value, torch.cat([part[1] for part in alone]))
+
+
+def test_a_batch_of_nothing_is_empty() -> None:
+    paging = _stored(SMALL, 10)
+    empty = torch.empty(0, dtype=torch.int32)
+    key, value, cu_seqlens = gather(
+        paging.cache, paging.page_table[:0], empty, empty, layout=SMALL, dtype=torch.float16
+    )
+    assert key.shape == value.shape == (0, 2, 64)
+    assert key.dtype == torch.float16
+    assert cu_seqlens.tolist() == [0]
+
+
+@pytest.mark.parametrize("tokens", [5, 64, 129, 300])
+def test_bytes_never_written_do_not_matter(tokens: int) -> None:
+    results = []
+    for poison in (0, *POISONS):
+        paging = _stored(SMALL, tokens, fill=poison)
+        paging.poison_unused(poison)
+        results.append(_gather(paging, [tokens], [tokens - 1]))
+    for result in results[1:]:
+        for got, want in zip(result, results[0], strict=True):
+            assert_same_bits(got, want)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_the_result_dtype_rounds_once(dtype: torch.dtype) -> None:
+    paging = _stored(DEFAULT, 400)
+    exact = _gather(paging, [400], [399])
+    for got, want in zip(_gather(paging, [400], [399], dtype=dtype)[:2], exact[:2], strict=True):
+        assert_same_bits(got, want.to(dtype))
+
+
+def test_the_debug_preset_returns_rotated_rows() -> None:
+    layout = RecordLayout(DEBUG_PRESETS["kvarn_debug32_g64"], 64)
+    paging = _stored(layout, 333)
+    key, value, _ = _gather(paging, [333], [332])
+    assert_same_bits(key, exact_rows(draw("gaussian", (333, 2, 64), seed=1), layout))
+    assert_same_bits(value, exact_rows(draw("outlier_channel", (333, 2, 64), seed=2), layout))
+
+
+def test_the_naive_view_tells_records_from_exact_rows() -> None:
+    """The oracle itself: a sink row must differ from the record of the same token."""
+    paging = _stored(SMALL, 200)
+    sizes = {"group": 64, "dim": 64, "key_bits": 2, "value_bits": 2}
+    table = paging.page_table[0].numpy().copy()
+    with_sink = naive.view(paging.cache.numpy(), table, 200, 199, **sizes)
+    table[SINK_COLUMN] = 0
+    without = naive.view(paging.cache.numpy(), table, 200, 199, **sizes)
+    changed = np.unique(np.nonzero(with_sink[0] != without[0])[0])
+    assert changed.tolist() == list(range(SMALL.sink_rows))
