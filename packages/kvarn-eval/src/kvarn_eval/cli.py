@@ -122,6 +122,9 @@ def fidelity(
     profile: Annotated[
         list[str] | None, typer.Option(help="Outlier profile: plain, large, tiny; repeatable.")
     ] = None,
+    baseline: Annotated[
+        Path | None, typer.Option(help="Earlier result.json, to find regressions.", exists=True)
+    ] = None,
     as_json: JsonOption = False,
 ) -> None:
     """Measure how far each way to store the cache moves the model's predictions."""
@@ -136,8 +139,12 @@ def fidelity(
         _fail_usage(f"Unknown profile {unknown.pop()}. Choose of {', '.join(PROFILES)}.")
     out.mkdir(parents=True, exist_ok=True)
     settings = Settings(sequences, length, profiles, PRESETS[preset])
-    with _progress() as progress:
-        run = run_fidelity(model, settings, progress)
+    earlier = Run.load(baseline) if baseline else None
+    try:
+        with _progress() as progress:
+            run = run_fidelity(model, settings, progress, earlier)
+    except ValueError as error:
+        _fail_usage(str(error))
     _finish(run, out, as_json)
 
 

@@ -162,10 +162,10 @@ def make_texts(count: int, length: int, *, first_seed: int = 50_000) -> list[Tex
 
 def load_model(folder: Path, profile: str) -> SmallModel:
     """Read the small model in fp32, with the outliers of a profile (``plain`` has none)."""
-    from kvarn_eval.small_model import outliers
-
     model = SmallModel.load(folder)
     if profile != "plain":
+        from kvarn_eval.small_model import outliers
+
         model.load_state_dict(outliers.stress(model.state_dict(), model.config, profile))
     return model
 

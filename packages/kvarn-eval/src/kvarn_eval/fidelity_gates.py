@@ -45,7 +45,7 @@ if TYPE_CHECKING:
     from kvarn_eval.schema import Scalar
 
 SERVED_LIMITS = {"plain": 0.45, "large": 0.30}
-TINY_LIMIT = 1.1  # scale invariance: tiny over plain
+REGRESSION_LIMIT = 1.05
 FLOOR_FACTOR = 3.0
 PROFILES = ("plain", "large", "tiny")
 
@@ -186,8 +186,49 @@ def gates(found: dict[str, dict[str, list[Distance]]], settings: Settings) -> li
     return rules
 
 
+def regression_gates(run: Run, baseline: Run) -> list[Gate]:
+    """Require that the mean KLD of `kvarn` has not grown by more than 5 % on any profile.
+
+    Raises
+    ------
+    ValueError
+        If the runs read different texts or weights.
+    """
+
+    def subject(of: Run) -> tuple[object, ...]:
+        return of.suite_sha256, of.model.weights_sha256, of.arms
+
+    if subject(run) != subject(baseline):
+        raise ValueError(
+            "The baseline was made with other texts, weights or arms. Repeat it with this version."
+        )
+    found = []
+    for measurement in run.measurements:
+        profile, _, quantity = measurement.name.partition(".")
+        if measurement.arm != "kvarn" or quantity != "kld_mean":
+            continue
+        stored = baseline.value("kvarn", measurement.name)
+        limit = REGRESSION_LIMIT * stored
+        worse = measurement.median > limit
+        found.append(
+            Gate(
+                name=f"{profile}.regression",
+                rule="KLD(kvarn) <= 1.05 x stored KLD",
+                value=measurement.median,
+                limit=limit,
+                verdict=Verdict.FAIL if worse else Verdict.PASS,
+                reason=f"{measurement.median / stored:.3f} times the stored value",
+                evidence=[measurement.key],
+            )
+        )
+    return found
+
+
 def run_fidelity(
-    model_folder: Path, settings: Settings, progress: Callable[[str, int, int], None]
+    model_folder: Path,
+    settings: Settings,
+    progress: Callable[[str, int, int], None],
+    baseline: Run | None = None,
 ) -> Run:
     """Measure every arm on every profile and apply the gates.
 
@@ -199,6 +240,8 @@ def run_fidelity(
         Sequences, length, profiles and preset.
     progress : callable
         Receives what happens, steps done and steps in total.
+    baseline : Run, optional
+        An earlier run on the same texts and weights, to find regressions.
 
     Returns
     -------
@@ -233,7 +276,7 @@ def run_fidelity(
         )
         for name, policy in ARMS.items()
     }
-    return Run.model_validate(
+    run = Run.model_validate(
         {
             **header,
             "seconds": round(time.monotonic() - began, 1),
@@ -242,3 +285,6 @@ def run_fidelity(
             "gates": gates(found, settings),
         }
     )
+    if baseline is None:
+        return run
+    return run.model_copy(update={"gates": run.gates + regression_gates(run, baseline)})

@@ -62,7 +62,7 @@ def ratio_samples(
     ValueError
         If the sequences are empty or differ in length.
     """
-    if not top or len(top) != len(bottom):
+    if len(top) == 0 or len(top) != len(bottom):
         raise ValueError(f"{len(top)} and {len(bottom)} units cannot be paired.")
     a, b = np.asarray(top, dtype=np.float64), np.asarray(bottom, dtype=np.float64)
     return np.concatenate([(w @ a) / (w @ b) for w in _weights(len(a), strata)])

@@ -1,0 +1,87 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pytest
+from typer.testing import CliRunner
+
+from kvarn_eval import fidelity_gates
+from kvarn_eval.cli import SMALL_MODEL, app
+from kvarn_eval.fidelity import ARMS
+from kvarn_eval.schema import Verdict
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from kvarn_eval.schema import Run
+    from kvarn_eval.small_model.model import SmallModel
+
+NAMES = ("fp16", "rotated fp16", "kvarn", "paper", "paper as served")
+
+
+def run(*arguments: str) -> tuple[int, str, str]:
+    result = CliRunner().invoke(app, list(arguments))
+    return result.exit_code, result.stdout, result.stderr
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("demo", "--model", "nowhere"),
+        ("fidelity", "--model", "nowhere"),
+        ("report", "nowhere.json"),
+        ("fly",),
+        ("demo", "--items", "0"),
+    ],
+)
+def test_wrong_usage_exits_with_2(arguments: tuple[str, ...]) -> None:
+    assert run(*arguments)[0] == 2
+
+
+def test_wrong_names_are_refused_with_the_allowed_ones(tmp_path: Path) -> None:
+    (tmp_path / "model.safetensors").write_bytes(b"")
+    status, _, error = run("demo", "--model", str(tmp_path), "--kv-cache-dtype", "kvarn_k3v3")
+    assert status == 2
+    assert "kvarn_k4v2_g128" in error
+    status, _, error = run("fidelity", "--model", str(tmp_path), "--profile", "huge")
+    assert status == 2
+    assert "plain, large, tiny" in " ".join(error.split())
+
+
+@pytest.mark.parametrize(
+    ("verdict", "status"),
+    [(Verdict.PASS, 0), (Verdict.FAIL, 1), (Verdict.INCONCLUSIVE, 3)],
+)
+def test_report_exits_with_the_verdict(
+    verdict: Verdict, status: int, tmp_path: Path, make_run: Callable[..., Run]
+) -> None:
+    make_run(verdict).save(tmp_path / "result.json")
+    assert run("report", str(tmp_path / "result.json"))[0] == status
+    assert (tmp_path / "report.md").exists()
+
+
+def test_a_foreign_document_is_wrong_usage(tmp_path: Path) -> None:
+    (tmp_path / "result.json").write_text('{"schema_version": 7}', encoding="utf-8")
+    assert run("report", str(tmp_path / "result.json"))[0] == 2
+
+
+def test_fidelity_writes_its_result(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tiny_model: SmallModel
+) -> None:
+    monkeypatch.setattr(fidelity_gates, "ARMS", {name: ARMS[name] for name in NAMES})
+    tiny_model.save(tmp_path / "model")
+    out = tmp_path / "out"
+    size = ("--sequences", "2", "--length", "700", "--profile", "plain", "--json")
+    status, text, _ = run("fidelity", "--model", str(tmp_path / "model"), "--out", str(out), *size)
+    assert status in {0, 1, 3}
+    data = json.loads(text)
+    assert data == json.loads((out / "result.json").read_text(encoding="utf-8"))
+    assert {file.name for file in out.iterdir()} == {
+        "result.json", "report.md", "kld_position_plain.svg"
+    }  # fmt: skip
+
+
+def test_the_small_model_is_beside_the_package() -> None:
+    assert Path(SMALL_MODEL).parts[-3:] == ("kvarn-eval", "models", "small")

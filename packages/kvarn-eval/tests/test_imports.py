@@ -1,0 +1,51 @@
+"""Import rules of the evaluation: it drives vLLM as a user would."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1] / "src" / "kvarn_eval"
+SOURCES = sorted(ROOT.rglob("*.py"))
+FORBIDDEN = {"vllm", "kvarn_vllm"}
+
+
+def imported(source: str) -> set[str]:
+    """Top-level names of everything a source imports, wherever in the file."""
+    names = set()
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            names |= {alias.name.split(".")[0] for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            names.add((node.module or "").split(".")[0])
+    return names
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_imports_neither_vllm_nor_the_plugin(path: Path) -> None:
+    assert not imported(path.read_text(encoding="utf-8")) & FORBIDDEN
+
+
+def test_the_rule_sees_an_import() -> None:
+    assert imported("def f():\n    from vllm.config import x\n") & FORBIDDEN
+
+
+@pytest.mark.parametrize("module", ["pickle", "torch.load", "eval("])
+def test_no_source_can_run_code_from_data(module: str) -> None:
+    for path in SOURCES:
+        text = path.read_text(encoding="utf-8")
+        hits = [line for line in text.splitlines() if module in line and ".eval(" not in line]
+        assert not hits, path
+
+
+def test_command_line_starts_without_vllm() -> None:
+    program = (
+        "import sys; sys.modules['vllm'] = None; sys.modules['kvarn_vllm'] = None\n"
+        "import kvarn_eval.cli\n"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr

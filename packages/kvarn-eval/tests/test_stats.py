@@ -1,0 +1,83 @@
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from kvarn_eval.schema import Verdict
+from kvarn_eval.stats import (
+    items_needed,
+    mcnemar,
+    mean_interval,
+    non_inferiority,
+    ratio_samples,
+)
+
+
+def test_equal_data_give_equal_intervals() -> None:
+    values = np.random.default_rng(0).normal(size=40).tolist()
+    assert mean_interval(values) == mean_interval(values)
+
+
+def test_the_interval_has_the_width_of_the_standard_error() -> None:
+    values = np.random.default_rng(1).normal(size=400).tolist()
+    low, high = mean_interval(values)
+    expected = 2 * 1.96 * np.std(values) / np.sqrt(len(values))
+    assert (high - low) == pytest.approx(expected, rel=0.05)
+    assert low < np.mean(values) < high
+
+
+def test_the_interval_covers_the_truth_as_often_as_it_says() -> None:
+    rng = np.random.default_rng(2)
+    hits = [low < 0 < high for low, high in (mean_interval(rng.normal(size=60)) for _ in range(60))]
+    assert 51 <= sum(hits) <= 60
+
+
+def test_paired_units_give_a_narrow_ratio() -> None:
+    difficulty = np.random.default_rng(3).lognormal(sigma=2, size=30)
+    samples = ratio_samples((0.4 * difficulty).tolist(), difficulty.tolist())
+    assert samples == pytest.approx(0.4)
+
+
+def test_strata_remove_the_difference_between_families() -> None:
+    values, family = [0.0] * 20 + [1.0] * 20, ["a"] * 20 + ["b"] * 20
+    assert mean_interval(values, family) == (0.5, 0.5)
+    low, high = mean_interval(values)
+    assert low < 0.5 < high
+
+
+@pytest.mark.parametrize(("top", "bottom"), [([], []), ([1.0], [1.0, 2.0])])
+def test_units_must_pair(top: list[float], bottom: list[float]) -> None:
+    with pytest.raises(ValueError, match="cannot be paired"):
+        ratio_samples(top, bottom)
+
+
+@pytest.mark.parametrize(
+    ("lost", "won", "items", "verdict"),
+    [
+        (0, 0, 200, Verdict.PASS),
+        (50, 10, 2000, Verdict.FAIL),  # 2 points lost
+        (4, 3, 200, Verdict.INCONCLUSIVE),  # half a point lost on too few items
+        (10, 10, 2000, Verdict.PASS),
+        (20, 0, 2000, Verdict.FAIL),  # exactly the margin
+    ],
+)
+def test_non_inferiority_at_a_margin_of_one_point(
+    lost: int, won: int, items: int, verdict: Verdict
+) -> None:
+    differences = [-1.0] * lost + [1.0] * won + [0.0] * (items - lost - won)
+    assert non_inferiority(differences, 0.01).verdict is verdict
+
+
+@pytest.mark.parametrize(
+    ("only_reference", "only_tested", "p"),
+    [(0, 0, 1.0), (5, 5, 1.0), (6, 0, 2 / 64), (1, 8, 20 / 512)],
+)
+def test_mcnemar_is_the_exact_binomial(only_reference: int, only_tested: int, p: float) -> None:
+    assert mcnemar(only_reference, only_tested) == pytest.approx(p)
+
+
+@pytest.mark.parametrize(
+    ("discordant", "margin", "items"), [(0.02, 0.01, 1236), (0.05, 0.02, 773), (0.1, 0.01, 6180)]
+)
+def test_items_needed(discordant: float, margin: float, items: int) -> None:
+    assert items_needed(discordant, margin) == pytest.approx(items, abs=1)
