@@ -229,14 +229,14 @@ class Lifecycle(RuleBasedStateMachine):
     @rule(seed=st.integers(0, 2**32))
     def steps(self, seed: int) -> None:
         rng = random.Random(seed)  # noqa: S311
-        for _ in range(4):
+        for _ in range(8):
             self.world.step(rng)
-        TOTALS["steps"] += 4
+        TOTALS["steps"] += 8
 
-    @rule(which=st.integers(0, 9))
-    def preempt(self, which: int) -> None:
-        if self.world.running:
-            self.world.preempt(self.world.running[which % len(self.world.running)])
+    @rule(count=st.integers(1, 4))
+    def preempt(self, count: int) -> None:
+        for request in self.world.running[-count:]:
+            self.world.preempt(request)
 
     @rule(which=st.integers(0, 9))
     def abort(self, which: int) -> None:
@@ -259,8 +259,8 @@ class Lifecycle(RuleBasedStateMachine):
 
 TOTALS = {"steps": 0, "preemptions": 0, "hits": 0}
 PROFILE = settings(
-    max_examples=85,
-    stateful_step_count=60,  # about 5,000 scheduler steps in all
+    max_examples=100,
+    stateful_step_count=60,  # more than 5,000 scheduler steps in all
     derandomize=True,
     database=None,
     deadline=None,

@@ -1,0 +1,289 @@
+from __future__ import annotations
+
+import json
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from vllm import EngineArgs
+
+from kvarn_core import Recipe
+from kvarn_vllm.config import (
+    Options,
+    check_engine,
+    check_head_size,
+    check_layer,
+    check_selection,
+    group_size,
+    is_kvarn,
+)
+
+NGRAM = {"method": "ngram", "num_speculative_tokens": 2, "prompt_lookup_max": 2}
+TRANSFER = {"kv_connector": "ExampleConnector", "kv_role": "kv_both"}
+FLAGS = {
+    "speculative-decoding": (
+        {"speculative_config": NGRAM},
+        "KVarN: speculative decoding is not supported with a kvarn KV cache yet. "
+        "Remove --speculative-config.",
+    ),
+    "context-parallelism": (
+        {"prefill_context_parallel_size": 2},
+        "KVarN: context parallelism splits the tokens of a tile over ranks. "
+        "Set --decode-context-parallel-size and --prefill-context-parallel-size to 1.",
+    ),
+    "scales": (
+        {"calculate_kv_scales": True},
+        "KVarN: kvarn computes its own scales. Remove --calculate-kv-scales.",
+    ),
+    "block-size": (
+        {"block_size": 64},
+        "KVarN: --block-size 64 does not fit kvarn_k4v2_g128. Drop --block-size or set it to 128.",
+    ),
+    "kv-transfer": (
+        {"kv_transfer_config": TRANSFER},
+        "KVarN: transfer and offloading of kvarn pages are not supported yet. "
+        "Remove --kv-transfer-config and --kv-offloading-size.",
+    ),
+    "kv-offloading": (
+        {"kv_offloading_size": 1.0},
+        "KVarN: transfer and offloading of kvarn pages are not supported yet. "
+        "Remove --kv-transfer-config and --kv-offloading-size.",
+    ),
+    "fast-prefill": (
+        {"kv_sharing_fast_prefill": True},
+        "KVarN: fast prefill over shared caches is not supported. "
+        "Remove --kv-sharing-fast-prefill.",
+    ),
+    "attention-backend": (
+        {"attention_backend": "CPU_ATTN"},
+        "KVarN: attention backend CPU_ATTN cannot read a kvarn cache. "
+        "Remove --attention-backend; kvarn selects its own.",
+    ),
+    "skip-layers": (
+        {"kv_cache_dtype_skip_layers": ["0"]},
+        "KVarN: layers outside kvarn need a cache group of their own, which is not supported yet. "
+        "Remove --kv-cache-dtype-skip-layers.",
+    ),
+    "routed-experts": (
+        {"enable_return_routed_experts": True},
+        "KVarN: returning routed experts needs stock block tables. "
+        "Remove --enable-return-routed-experts.",
+    ),
+    "options-not-an-object": (
+        {"additional_config": {"kvarn": 3}},
+        "KVarN: additional config 'kvarn' is 3. "
+        'Pass an object, for example {"kvarn": {"prefill": "sealed"}}.',
+    ),
+    "unknown-option": (
+        {"additional_config": {"kvarn": {"prefil": "chunk"}}},
+        "KVarN: there is no option 'prefil'. Use prefill, recipe, engine.",
+    ),
+    "unknown-prefill-mode": (
+        {"additional_config": {"kvarn": {"prefill": "fast"}}},
+        "KVarN: option prefill cannot be 'fast'. Use chunk or sealed.",
+    ),
+    "unknown-recipe": (
+        {"additional_config": {"kvarn": {"recipe": ["paper"]}}},
+        "KVarN: option recipe cannot be ['paper']. Use kvarn or paper.",
+    ),
+}
+
+
+def engine_args(model: Any, **flags: Any) -> EngineArgs:
+    settings = {"kv_cache_dtype": "kvarn_k4v2_g128", **flags}
+    return EngineArgs(model=str(model), skip_tokenizer_init=True, **settings)
+
+
+def refusal(model: Any, **flags: Any) -> str:
+    with pytest.raises((NotImplementedError, ValueError)) as caught:
+        engine_args(model, **flags).create_engine_config()
+    return str(caught.value)
+
+
+@pytest.mark.parametrize(("flags", "sentence"), FLAGS.values(), ids=FLAGS)
+def test_refused_flags(tiny_model: Any, flags: dict[str, Any], sentence: str) -> None:
+    assert refusal(tiny_model(), **flags) == sentence
+
+
+def test_batch_invariant_mode_is_refused(tiny_model: Any, monkeypatch: Any) -> None:
+    monkeypatch.setenv("VLLM_BATCH_INVARIANT", "1")
+    assert refusal(tiny_model()) == (
+        "KVarN: batch-invariant mode is not supported yet. Unset VLLM_BATCH_INVARIANT."
+    )
+
+
+@pytest.mark.parametrize(
+    ("changes", "sentence"),
+    [
+        (
+            {"head_dim": 96},
+            "KVarN: head size 96 is not supported. Choose a model with head size 64, 128 or 256 "
+            "(the rotation needs a power of two).",
+        ),
+        (
+            {"layer_types": ["sliding_attention", "full_attention"], "sliding_window": 32,
+             "use_sliding_window": True, "max_window_layers": 1},
+            "KVarN: this model's attention needs a sliding window, which kvarn does not implement. "
+            "Use another --kv-cache-dtype.",
+        ),
+    ],
+    ids=["head-size", "sliding-window"],
+)  # fmt: skip
+def test_refused_models(tiny_model: Any, tmp_path: Any, changes: Any, sentence: str) -> None:
+    config = json.loads((tiny_model() / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({**config, **changes}))
+    assert refusal(tmp_path) == sentence
+
+
+def complete_config(platform: str = "cpu", **model: Any) -> tuple[Any, Any]:
+    """An engine configuration that passes, with a model changed by `model`, and a platform."""
+    facts = {
+        "use_mla": False,
+        "is_hybrid": False,
+        "is_encoder_decoder": False,
+        "dtype": torch.bfloat16,
+        "enable_return_routed_experts": False,
+        "hf_text_config": SimpleNamespace(),
+        "get_head_size": lambda: 128,
+        "get_sliding_window": lambda: None,
+    }
+    config = SimpleNamespace(
+        model_config=SimpleNamespace(**{**facts, **model}),
+        cache_config=SimpleNamespace(
+            cache_dtype="kvarn_k4v2_g64",
+            block_size=64,
+            calculate_kv_scales=False,
+            kv_cache_dtype_skip_layers=[],
+            kv_sharing_fast_prefill=False,
+            kv_offloading_size=None,
+        ),
+        parallel_config=SimpleNamespace(
+            decode_context_parallel_size=1, prefill_context_parallel_size=1
+        ),
+        attention_config=SimpleNamespace(backend=None),
+        speculative_config=None,
+        kv_transfer_config=None,
+        additional_config={},
+    )
+    return config, SimpleNamespace(
+        is_cpu=lambda: platform == "cpu", is_cuda=lambda: platform == "cuda"
+    )
+
+
+FACTS = {
+    "mla": (
+        {"use_mla": True},
+        "KVarN: MLA models keep a compressed latent, not keys and values. "
+        "Use another --kv-cache-dtype.",
+    ),
+    "hybrid": (
+        {"is_hybrid": True},
+        "KVarN: hybrid state-space models are not supported yet. Use another model.",
+    ),
+    "encoder-decoder": (
+        {"is_encoder_decoder": True},
+        "KVarN: encoder-decoder models are not supported. Use another model.",
+    ),
+    "float32-on-a-gpu": (
+        {"platform": "cuda", "dtype": torch.float32},
+        "KVarN: float32 models are not supported on a GPU. Use --dtype float16 or bfloat16.",
+    ),
+    "gpu": (
+        {"platform": "cuda"},
+        "KVarN: this version has no GPU kernels. Use vLLM's CPU engine, or try plain torch, "
+        'slow, with --additional-config \'{"kvarn": {"engine": "reference"}}\'.',
+    ),
+    "tpu": (
+        {"platform": "tpu"},
+        "KVarN: this platform is not supported. Use an NVIDIA GPU or vLLM's CPU engine.",
+    ),
+}
+
+
+@pytest.mark.parametrize(("facts", "sentence"), FACTS.values(), ids=FACTS)
+def test_refused_kinds_of_model_and_platform(facts: dict[str, Any], sentence: str) -> None:
+    check_engine(*complete_config(), batch_invariant=False)
+    with pytest.raises(NotImplementedError) as caught:
+        check_engine(*complete_config(**facts), batch_invariant=False)
+    assert str(caught.value) == sentence
+
+
+def test_plain_torch_on_a_gpu_has_to_be_asked_for() -> None:
+    config, platform = complete_config("cuda")
+    config.additional_config = {"kvarn": {"engine": "reference"}}
+    check_engine(config, platform, batch_invariant=False)
+
+
+LAYERS = {
+    "alibi": ({"alibi_slopes": [0.5]}, "ALiBi"),
+    "sliding-window": ({"sliding_window": 64}, "a sliding window"),
+    "soft-cap": ({"logits_soft_cap": 50.0}, "soft capping of logits"),
+    "shared-cache": ({"shares_cache": True}, "the cache of another layer"),
+    "sinks": ({"extra": {"sinks": torch.zeros(2)}}, "the argument sinks"),
+}
+
+
+@pytest.mark.parametrize(("arguments", "what"), LAYERS.values(), ids=LAYERS)
+def test_refused_layers(arguments: dict[str, Any], what: str) -> None:
+    check_layer(logits_soft_cap=0.0, extra={"sinks": None})
+    with pytest.raises(NotImplementedError) as caught:
+        check_layer(**arguments)
+    assert str(caught.value) == (
+        f"KVarN: this model's attention needs {what}, which kvarn does not implement. "
+        "Use another --kv-cache-dtype."
+    )
+
+
+SELECTIONS = {
+    "use_mla": "a compressed latent (MLA)",
+    "use_sparse": "sparse attention",
+    "has_sink": "attention sinks",
+    "use_mm_prefix": "bidirectional attention to images",
+    "use_non_causal": "non-causal attention",
+    "use_per_head_quant_scales": "scales per head from the checkpoint",
+}
+
+
+@pytest.mark.parametrize("field", SELECTIONS)
+def test_refused_selections(field: str) -> None:
+    wanted = dict.fromkeys(SELECTIONS, False)
+    check_selection(SimpleNamespace(head_size=128, **wanted))
+    with pytest.raises(NotImplementedError) as caught:
+        check_selection(SimpleNamespace(head_size=128, **{**wanted, field: True}))
+    assert str(caught.value) == (
+        f"KVarN: this model's attention needs {SELECTIONS[field]}, which kvarn does not "
+        "implement. Use another --kv-cache-dtype."
+    )
+
+
+def test_two_head_sizes_in_one_model_are_refused() -> None:
+    check_head_size(256, expected=256)
+    with pytest.raises(NotImplementedError) as caught:
+        check_head_size(64, expected=128)
+    assert str(caught.value) == (
+        "KVarN: layers with head sizes 128 and 64 in one model are not supported. "
+        "Use another --kv-cache-dtype."
+    )
+
+
+def test_options() -> None:
+    assert Options.from_config({}) == Options() == Options("chunk", Recipe.KVARN)
+    assert Options.from_config({"another plugin": 1, "kvarn": {}}) == Options()
+    given = {"kvarn": {"prefill": "sealed", "recipe": "paper", "engine": "reference"}}
+    assert Options.from_config(given) == Options("sealed", Recipe.PAPER, "reference")
+
+
+def test_group_is_the_default_block_size(tiny_model: Any) -> None:
+    assert group_size("kvarn_k4v2_g64", None) == group_size("kvarn_k4v2_g64", 64) == 64
+    for preset, size in (("kvarn_k2v2_g64", 64), ("kvarn_k4v4_g128", 128)):
+        config = engine_args(tiny_model(), kv_cache_dtype=preset).create_engine_config()
+        assert config.cache_config.block_size == size
+        assert config.cache_config.cache_dtype == preset
+
+
+def test_names() -> None:
+    assert is_kvarn("kvarn_k4v2_g128")
+    assert is_kvarn("kvarn_debug32_g64")
+    assert not is_kvarn("auto")
+    assert not is_kvarn("kvarn_k8v8_g128")

@@ -1,0 +1,51 @@
+from __future__ import annotations
+
+import json
+import sys
+from typing import Any
+
+from kvarn_vllm.__main__ import main
+from kvarn_vllm.doctor import as_text, report
+
+
+def test_report_of_a_working_installation(tiny_model: Any) -> None:
+    found = report(str(tiny_model(64)))
+    assert found["armed"] is True
+    assert found["vllm"] == "0.22.0"
+    assert found["platform"] == "cpu"
+    assert found["engine"] == "reference"
+    assert found["head_dim"] == 64
+    assert found["presets"]["kvarn_k4v2_g128"] == {
+        "bytes_per_token_and_head": 57.0,
+        "ratio": 256 / 57,
+        "header_pages": 11,
+    }
+
+
+def test_the_command_prints_json_only(capsys: Any) -> None:
+    assert main(["doctor", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["presets"]["kvarn_k4v2_g128"]["bytes_per_token_and_head"] == 108.0
+
+
+def test_the_command_prints_text(capsys: Any) -> None:
+    assert main(["doctor"]) == 0
+    printed = capsys.readouterr().out
+    assert "armed       yes" in printed
+    assert "kvarn_k4v2_g128     108.0   4.74x   + 11 pages per request" in printed
+
+
+def test_a_reason_is_shown() -> None:
+    found = {**report(), "armed": False, "reason": "KVarN: because.", "vllm": None}
+    assert "armed       no. KVarN: because." in as_text(found)
+    assert "not installed" in as_text(found)
+
+
+def test_vllm_commands_run_with_the_plugin(monkeypatch: Any) -> None:
+    import vllm.entrypoints.cli.main as command_line
+
+    seen = []
+    monkeypatch.setattr(command_line, "main", lambda: seen.append(list(sys.argv)))
+    monkeypatch.setattr(sys, "argv", ["python"])
+    assert main(["vllm", "bench", "latency", "--help"]) == 0
+    assert seen == [["vllm", "bench", "latency", "--help"]]
