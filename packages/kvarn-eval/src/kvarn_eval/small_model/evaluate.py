@@ -7,13 +7,17 @@ the first wrong token already fails the item. One forward pass replaces hundreds
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import torch
 
-from kvarn_eval.small_model.model import Attention, SmallModel
-from kvarn_eval.small_model.tasks import Item
 from kvarn_eval.small_model.tokenizer import EOS, encode
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from kvarn_eval.small_model.model import Attention, SmallModel
+    from kvarn_eval.small_model.tasks import Item
 
 
 @torch.inference_mode()

@@ -1,9 +1,9 @@
-"""A plain torch Qwen3: the small model's forward pass, in training and as the judge of every cache.
+"""A plain torch Qwen3: the small model's forward pass, in training and in judging caches.
 
-Parameter names are those of Hugging Face's `Qwen3ForCausalLM`, so weights travel without translation.
-Attention is a hook: whoever passes one sees each layer's queries, keys and values exactly as a KV cache
-would (after norms and RoPE) and may answer from any other storage. A growing cache is one such hook.
-Speed beyond `torch.compile` is traded away.
+Parameter names are those of Hugging Face's `Qwen3ForCausalLM`, so weights need no translation.
+Attention is a hook: whoever passes one sees each layer's queries, keys and values exactly as a KV
+cache would (after norms and RoPE) and may answer from any other storage. A growing cache is one
+such hook. Speed beyond `torch.compile` is traded away.
 """
 
 from __future__ import annotations
@@ -11,8 +11,7 @@ from __future__ import annotations
 import dataclasses
 import json
 from collections.abc import Callable
-from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
@@ -21,8 +20,11 @@ from torch import Tensor, nn
 
 from kvarn_eval.small_model import tokenizer
 
+if TYPE_CHECKING:
+    from pathlib import Path
+
 Attention = Callable[[int, Tensor, Tensor, Tensor, float], Tensor]
-"""`attention(layer, q, k, v, scale)`: q `[..., Hq, T, D]`, k and v `[..., Hkv, T, D]` → `[..., Hq, T, D]`."""
+"""`attention(layer, q, k, v, scale)`; q and result `[..., Hq, T, D]`, k and v `[..., Hkv, T, D]`"""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,8 +46,9 @@ class ModelConfig:
         """Refuse shapes that the forward pass cannot compute."""
         if self.num_attention_heads % self.num_key_value_heads or self.head_dim % 2:
             raise ValueError(
-                f"{self.num_attention_heads} query heads, {self.num_key_value_heads} KV heads and head_dim "
-                f"{self.head_dim} do not fit. Use a multiple of the KV heads and an even head_dim."
+                f"{self.num_attention_heads} query heads, {self.num_key_value_heads} KV heads and "
+                f"head_dim {self.head_dim} do not fit. Use a multiple of the KV heads and an even "
+                "head_dim."
             )
         if self.vocab_size < len(tokenizer.TOKENS):
             raise ValueError(
@@ -54,7 +57,7 @@ class ModelConfig:
 
     @classmethod
     def load(cls, folder: Path) -> ModelConfig:
-        """Read `config.json` in `folder`; raises ValueError unless it describes a tied Qwen3 model."""
+        """Read `config.json` in `folder`; ValueError unless it describes a tied Qwen3 model."""
         data = json.loads((folder / "config.json").read_text(encoding="utf-8"))
         if data.get("architectures") != ["Qwen3ForCausalLM"] or not data.get("tie_word_embeddings"):
             raise ValueError(
@@ -100,7 +103,7 @@ class RMSNorm(nn.Module):
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """RoPE in its split form: channel i of `x` `[..., T, D]` turns with channel i + D/2; cos, sin `[T, D/2]`."""
+    """Split-form RoPE: channel i of `x` `[..., T, D]` turns with i + D/2; cos, sin `[T, D/2]`."""
     a, b = x.chunk(2, -1)
     return torch.cat((a * cos - b * sin, b * cos + a * sin), -1).to(x.dtype)
 
@@ -150,7 +153,7 @@ class SelfAttention(nn.Module):
         """Attend within `x` `[..., T, hidden]`; `attention` replaces causal softmax attention."""
 
         def heads(y: Tensor) -> Tensor:  # [..., T, H·D] → [..., T, H, D]
-            return y.unflatten(-1, (-1, self.head_dim))
+            return y.view(*y.shape[:-1], -1, self.head_dim)
 
         q = rotate(self.q_norm(heads(self.q_proj(x))).transpose(-3, -2), cos, sin)
         k = rotate(self.k_norm(heads(self.k_proj(x))).transpose(-3, -2), cos, sin)
@@ -161,7 +164,8 @@ class SelfAttention(nn.Module):
             out = causal_attention(q, k, v, scale)
         else:
             out = attention(self.index, q, k, v, scale)
-        return self.o_proj(out.transpose(-3, -2).flatten(-2))
+        mixed: Tensor = self.o_proj(out.transpose(-3, -2).flatten(-2))
+        return mixed
 
 
 class FeedForward(nn.Module):
@@ -175,7 +179,8 @@ class FeedForward(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Transform each row of `x` `[..., hidden]`."""
-        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+        out: Tensor = self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+        return out
 
 
 class Layer(nn.Module):
@@ -191,7 +196,8 @@ class Layer(nn.Module):
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, attention: Attention | None) -> Tensor:
         """Add attention and feed-forward to `x` `[..., T, hidden]`."""
         x = x + self.self_attn(self.input_layernorm(x), cos, sin, attention)
-        return x + self.mlp(self.post_attention_layernorm(x))
+        x = x + self.mlp(self.post_attention_layernorm(x))
+        return x
 
 
 class Decoder(nn.Module):
@@ -220,8 +226,8 @@ class SmallModel(nn.Module):
         ids : Tensor [T] or [B, T], int64
             Token ids.
         attention : callable, optional
-            `attention(layer, q, k, v, scale)` in place of causal attention. q is `[..., Hq, T, D]`, k and
-            v are `[..., Hkv, T, D]`, after QK-norm and RoPE; the result has the shape of q.
+            `attention(layer, q, k, v, scale)` in place of causal attention. q is `[..., Hq, T, D]`,
+            k and v are `[..., Hkv, T, D]`, after QK-norm and RoPE; the result has the shape of q.
         start : int
             Position of the first token.
 
@@ -251,7 +257,7 @@ class SmallModel(nn.Module):
         return model.to(device=device, dtype=dtype).eval()
 
     def save(self, folder: Path) -> None:
-        """Write config, generation config, tokenizer and fp16 weights to `folder`, which is created."""
+        """Write configs, tokenizer and fp16 weights to `folder`, which is created if missing."""
         folder.mkdir(parents=True, exist_ok=True)
         generation = {
             "do_sample": False,
@@ -299,7 +305,7 @@ def generate(model: SmallModel, prompt: Tensor, max_new_tokens: int) -> Tensor:
     Returns
     -------
     Tensor [B, N], int64
-        New tokens, N <= max_new_tokens; after a row's end-of-sequence token its tokens mean nothing.
+        New tokens, N <= max_new_tokens; what follows a row's end token means nothing.
     """
     cache = GrowingCache()
     ended = torch.zeros(len(prompt), dtype=torch.bool, device=prompt.device)

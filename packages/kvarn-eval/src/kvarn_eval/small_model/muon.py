@@ -1,22 +1,25 @@
 """The Muon optimizer: momentum, orthogonalised, for the matrices of the small model.
 
-A step moves every singular direction of a matrix equally. Matrices of one shape (after transposing to
-wide) are orthogonalised in one batch; a loop over matrices would spend as long as the forward pass on
-launching kernels.
+A step moves every singular direction of a matrix equally. Matrices of one shape (after transposing
+to wide) are orthogonalised in one batch; a loop over matrices would spend as long as the forward
+pass on launching kernels.
 
 References
 ----------
-K. Jordan, "Muon: an optimizer for hidden layers in neural networks", 2024; step size matched to Adam's
-as in arXiv 2502.16982.
+K. Jordan, "Muon: an optimizer for hidden layers in neural networks", 2024; step size matched to
+Adam's as in arXiv 2502.16982.
 """
 
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
 
 _COEFFICIENTS = (3.4445, -4.7750, 2.0315)
 _ITERATIONS = 5
@@ -36,7 +39,7 @@ def orthogonalise(g: Tensor) -> Tensor:
     """
     a, b, c = _COEFFICIENTS
     x = g.bfloat16()
-    x = x / (x.norm(dim=(1, 2), keepdim=True) + 1e-7)
+    x = x / (torch.linalg.matrix_norm(x, keepdim=True) + 1e-7)
     for _ in range(_ITERATIONS):
         s = x @ x.mT
         x = a * x + (b * s + c * s @ s) @ x
@@ -91,9 +94,8 @@ class Muon(torch.optim.Optimizer):
                 by_shape[min(p.shape), max(p.shape)].append((p, direction))
             for (_, columns), members in by_shape.items():
                 wide = torch.stack([d if d.shape[0] <= d.shape[1] else d.mT for _, d in members])
-                for (p, _), update in zip(members, orthogonalise(wide).to(p.dtype), strict=True):
-                    p.mul_(1 - group["lr"] * group["weight_decay"])
-                    p.sub_(
-                        update if p.shape[0] <= p.shape[1] else update.mT,
-                        alpha=group["lr"] * 0.2 * columns**0.5,
-                    )
+                step_size = group["lr"] * 0.2 * columns**0.5
+                for (weight, _), update in zip(members, orthogonalise(wide).float(), strict=True):
+                    fits = weight.shape[0] <= weight.shape[1]
+                    weight.mul_(1 - group["lr"] * group["weight_decay"])
+                    weight.sub_(update if fits else update.mT, alpha=step_size)

@@ -1,29 +1,35 @@
 """Two task families whose answers a damaged KV cache gets wrong.
 
 Both open with a table of names and three-digit values. A name may be written again: its last value
-counts. One rule holds throughout: a name followed by a colon is followed by its value. Names are pairs of letters from one grid, so every name has many
-neighbours that differ in one letter, and each look-up must pick one row among hundreds.
+counts. One rule holds throughout: a name followed by a colon is followed by its value. Names are
+pairs of letters from one grid, so every name has many neighbours that differ in one letter, and
+each look-up must pick one row among hundreds.
 
-`recall`   `<recall>qB:417;xB:@qZ;...?[1]xB[2]qB...=` asks `[1]xB:@qZ:903;[2]qB:417;...`
-           A value `@name` is a link: the answer goes on with that name's value, a dependent read.
-`arith`    `<arith>qB:417;...?[1]qB+xZ;[2][1]-cB;...=` asks `[1]qB:417+xZ:209=[1]:616;[2][1]:616-cB:...`
-           Sums and differences modulo 1,000; every step but the first reads the result of an earlier one.
+`recall`
+    `<recall>qB:417;xB:@qZ;...?[1]xB[2]qB...=` asks for `[1]xB:@qZ:903;[2]qB:417;...`
+    A value `@name` is a link: the answer goes on with that name's value, a dependent read.
+`arith`
+    `<arith>qB:417;...?[1]qB+xZ;[2][1]-cB;...=` asks for `[1]qB:417+xZ:209=[1]:616;[2][1]:616-...`
+    Sums and differences modulo 1,000; every step but the first reads an earlier result.
 
-Numbers are written least significant digit first, so that a carry travels in reading order. Training
-tables have an even number of rows and held-out tables an odd number: no item is in both splits.
+Numbers are written least significant digit first, so that a carry travels in reading order.
+Training tables have an even number of rows and held-out tables an odd number: no item is in both
+splits.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
 from kvarn_eval.small_model.tokenizer import DIGITS, EOS, IDS, LETTERS, MAX_LABEL, PAD, decode
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
 
 Ids = NDArray[np.int64]
 Family = Literal["recall", "arith"]
@@ -55,7 +61,7 @@ class Item:
 
 def _shuffled(rng: np.random.Generator, count: int, size: int) -> Ids:
     """`count` random orders of `range(size)`."""
-    return rng.random((count, size)).argsort(1)
+    return np.argsort(rng.random((count, size)), axis=1)
 
 
 def _take(rows: Ids, index: Ids) -> Ids:
@@ -233,7 +239,8 @@ def make_item(
     questions : int
         Queries (`recall`, 9 answer tokens each) or steps (`arith`, 20 answer tokens each), 1 to 64.
     rewrites : float
-        Share of rows that write a name again, at least 0. More of them make look-ups harder.
+        Share of rows that write a name again, 0 to 1; less where each query of `recall` could not
+        have a name of its own. More of them make look-ups harder.
 
     Returns
     -------
@@ -248,15 +255,15 @@ def make_item(
         raise ValueError(f"{questions} questions cannot be labelled. Choose 1 to {MAX_LABEL}.")
     rows = (prompt_tokens - question_tokens(family, questions)[0]) // _ROW_TOKENS
     rows -= 1 - rows % 2
-    rewritten = int(rows * rewrites)
-    names = rows - rewritten
-    if not max(questions, 5) <= names <= len(LETTERS) ** 2:
+    fewest = questions if family == "recall" else 5
+    names = max(rows - int(rows * rewrites), fewest)
+    if not fewest <= names <= min(rows, len(LETTERS) ** 2):
         raise ValueError(
-            f"A prompt of {prompt_tokens} tokens gives {family} a table of {names} names. Choose prompt_tokens "
-            f"and rewrites for {max(questions, 5)} to {len(LETTERS) ** 2} names; a row has {_ROW_TOKENS} tokens."
+            f"A prompt of {prompt_tokens} tokens gives {family} a table of {rows} rows. Choose "
+            f"prompt_tokens for {fewest} to {len(LETTERS) ** 2} rows of {_ROW_TOKENS} tokens."
         )
-    rng = np.random.default_rng([FAMILIES.index(family), prompt_tokens, questions, rewritten, seed])
-    prompt, answer = _GENERATORS[family](rng, 1, rows, rewritten, questions)
+    rng = np.random.default_rng([FAMILIES.index(family), prompt_tokens, questions, names, seed])
+    prompt, answer = _GENERATORS[family](rng, 1, rows, rows - names, questions)
     return Item(family, seed, decode(prompt[0]), decode(answer[0]), prompt.size, answer.size)
 
 
@@ -301,7 +308,7 @@ def held_out(
 
 
 def grade(item: Item, text: str) -> bool:
-    """Whether `text` is the whole answer, nothing missing and nothing added but surrounding space."""
+    """Whether `text` is the whole answer and nothing else; surrounding space is ignored."""
     return text.strip() == item.answer
 
 

@@ -1,9 +1,9 @@
 """The small model's vocabulary: one token per character or keyword, no merges.
 
-Text and ids determine each other: a keyword is a label in brackets (`[7]`) or a name in angle brackets
-(`<recall>`), everything else is one token per character. The same table is written as a Hugging Face
-`tokenizer.json`, so that any server reads exactly what training saw; what is traded away is text
-outside the task alphabet, which becomes `<unk>`.
+Text and ids determine each other: a keyword is a label in brackets (`[7]`) or a name in angle
+brackets (`<recall>`), everything else is one token per character. The same table is written as a
+Hugging Face `tokenizer.json`, so that any server reads exactly what training saw; what is traded
+away is text outside the task alphabet, which becomes `<unk>`.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
 """Training of the small model: one seed, one GPU, a few minutes.
 
 Every step draws fresh items, so nothing is seen twice. Row lengths grow with a curriculum of a few
-fixed shapes, because each shape is compiled once. Matrices are trained by Muon and the rest by AdamW:
-look-up circuits appear several times sooner than under AdamW alone, at the price of some milliseconds
-a step. Steps are counted, not seconds, so the same seed gives the same items on every machine.
+fixed shapes, because each shape is compiled once. Matrices are trained by Muon and the rest by
+AdamW: look-up circuits appear several times sooner than under AdamW alone. Steps are counted, not
+seconds, so the same seed gives the same items on every machine.
 """
 
 from __future__ import annotations
@@ -15,9 +15,7 @@ import logging
 import queue
 import threading
 import time
-from collections.abc import Iterator
-from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -28,6 +26,10 @@ from kvarn_eval.small_model.evaluate import exact_match
 from kvarn_eval.small_model.model import ModelConfig, SmallModel
 from kvarn_eval.small_model.muon import Muon
 from kvarn_eval.small_model.tasks import FAMILIES, IGNORE, held_out, training_batch
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from pathlib import Path
 
 logger = logging.getLogger(__name__)
 
@@ -159,8 +161,8 @@ def train(
     Parameters
     ----------
     out : Path
-        Folder of the result: config, tokenizer, fp16 `model.safetensors`, and `training.json` with the
-        loss curve and the held-out accuracy. Created if missing.
+        Folder of the result: config, tokenizer, fp16 `model.safetensors`, and `training.json` with
+        the loss curve and the held-out accuracy. Created if missing.
     seed : int
         Seed of the weights and of the data.
     minutes : float
