@@ -75,11 +75,12 @@ def _rows_view(cache: torch.Tensor, layout: RecordLayout) -> torch.Tensor:
 
 def _permute_pieces(rows: torch.Tensor, page_row: torch.Tensor) -> torch.Tensor:
     """Reorder the pieces of rows [n, Hkv, 2, pieces, elements]; its own inverse."""
-    order = _piece_order(rows.shape[3])[page_row & 7]
+    order = _piece_order(rows.shape[3], rows.device)[page_row & 7]
     return rows.gather(3, order[:, None, None, :, None].expand_as(rows))
 
 
 @memoize
-def _piece_order(pieces: int) -> torch.Tensor:
+def _piece_order(pieces: int, device: torch.device) -> torch.Tensor:
     """Piece permutations [8, pieces] by page row modulo 8."""
-    return exact_piece(torch.arange(pieces)[None, :], torch.arange(8)[:, None])
+    piece, row = torch.arange(pieces, device=device), torch.arange(8, device=device)
+    return exact_piece(piece[None, :], row[:, None])

@@ -49,7 +49,7 @@ def pytest_sessionfinish(session: pytest.Session) -> None:
         print("\n--require-gpu: no GPU test ran.", file=sys.stderr)
 
 
-@pytest.fixture(autouse=True)
+@pytest.fixture
 def poisoned_empty(monkeypatch: pytest.MonkeyPatch) -> None:
     """Fill what kvarn_core gets from ``torch.empty`` and its relatives with 0xFF.
 

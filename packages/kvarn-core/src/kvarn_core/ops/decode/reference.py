@@ -23,7 +23,7 @@ def decode(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """See `kvarn_core.ops.decode.decode`."""
     out = torch.zeros_like(query)
-    lse = torch.full(query.shape[:2], float("-inf"))
+    lse = torch.full(query.shape[:2], float("-inf"), device=query.device)
     rotated = rotate(query)
     for row, length in enumerate(seq_lens.tolist()):
         if not length:
@@ -48,8 +48,8 @@ def attend(
     q = query.view(queries, kv_heads, ratio, dim).transpose(0, 1).flatten(1, 2)
     scores = q @ key.permute(1, 2, 0) * sm_scale  # [Hkv, Q * ratio, N]
     if queries > 1:
-        last_visible = torch.arange(length - queries, length).repeat_interleave(ratio)
-        hidden = torch.arange(length) > last_visible[:, None]
+        position = torch.arange(length, device=key.device)
+        hidden = position > position[length - queries :].repeat_interleave(ratio)[:, None]
         scores = scores.masked_fill(hidden, float("-inf"))
     lse = scores.logsumexp(-1)
     out = (scores - lse[..., None]).exp() @ value.transpose(0, 1)

@@ -53,11 +53,11 @@ def gather(
     ----------
     docs/explanation/paging.md.
     """
-    cu_seqlens_k = torch.zeros(len(context_lens) + 1, dtype=torch.int32)
+    cu_seqlens_k = torch.zeros(len(context_lens) + 1, dtype=torch.int32, device=cache.device)
     cu_seqlens_k[1:] = context_lens.cumsum(0)
     starts = cu_seqlens_k.tolist()
     shape = (starts[-1], cache.shape[1], layout.head_dim)
-    key, value = torch.empty(shape, dtype=dtype), torch.empty(shape, dtype=dtype)
+    key, value = (torch.empty(shape, dtype=dtype, device=cache.device) for _ in range(2))
     for row, position in enumerate(positions.tolist()):
         rows = slice(starts[row], starts[row + 1])
         if rows.start < rows.stop:

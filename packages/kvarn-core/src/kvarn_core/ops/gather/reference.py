@@ -37,10 +37,12 @@ def gather_request(
             rows = tiles.view(-1, heads, group, dim).transpose(1, 2).reshape(-1, heads, dim)
             out[start:stop] = rows[: stop - start]
 
-    ring = torch.arange(split, length) % layout.ring_rows
+    ring = torch.arange(split, length, device=cache.device) % layout.ring_rows
     recent = read_rows(cache, ring_pages(table, layout), ring, layout)
     key[split:], value[split:] = recent
     if packed and int(table[SINK_COLUMN]):
         count = min(layout.sink_rows, length)
         sink = table[SINK_COLUMN : SINK_COLUMN + 1]
-        key[:count], value[:count] = read_rows(cache, sink, torch.arange(count), layout)
+        key[:count], value[:count] = read_rows(
+            cache, sink, torch.arange(count, device=cache.device), layout
+        )

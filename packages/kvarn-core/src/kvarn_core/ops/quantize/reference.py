@@ -272,32 +272,36 @@ def _floor_log2(x: torch.Tensor) -> torch.Tensor:
 
 
 @cache
-def _code_order(rows: int, cols: int, bits: int) -> torch.Tensor:
+def _code_order(rows: int, cols: int, bits: int, device: torch.device) -> torch.Tensor:
     """Stream index of each code of a [rows, cols] matrix."""
-    m, k = torch.arange(rows)[:, None], torch.arange(cols)[None, :]
+    m = torch.arange(rows, device=device)[:, None]
+    k = torch.arange(cols, device=device)[None, :]
     return code_index(m, k, rows=rows, cols=cols, bits=bits)
 
 
 @cache
 def _code_places(
-    rows: int, cols: int, bits: int, transpose: bool
+    rows: int, cols: int, bits: int, transpose: bool, device: torch.device
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Byte (int64) and shift (uint8) of each code, row-major, of the matrix or its transpose."""
-    order = _code_order(rows, cols, bits)
+    order = _code_order(rows, cols, bits, device)
     order = (order.T if transpose else order).flatten()
     return order * bits // 8, (order * bits % 8).to(torch.uint8)
 
 
 @cache
-def _vector_order(length: int, order: Callable[[torch.Tensor], torch.Tensor]) -> torch.Tensor:
-    return order(torch.arange(length))
+def _vector_order(
+    length: int, order: Callable[[torch.Tensor], torch.Tensor], device: torch.device
+) -> torch.Tensor:
+    return order(torch.arange(length, device=device))
 
 
 def pack_codes(codes: torch.Tensor, bits: int) -> torch.Tensor:
     """Codes [N, M, K] < 2**bits to bytes [N, M * K * bits / 8] in fragment order."""
     count, rows, cols = codes.shape
-    stream = torch.empty(count, rows * cols, dtype=torch.uint8)
-    stream[:, _code_order(rows, cols, bits).flatten()] = codes.reshape(count, -1).to(torch.uint8)
+    stream = torch.empty(count, rows * cols, dtype=torch.uint8, device=codes.device)
+    order = _code_order(rows, cols, bits, codes.device).flatten()
+    stream[:, order] = codes.reshape(count, -1).to(torch.uint8)
     parts = stream.view(count, -1, 8 // bits)
     packed = parts[..., 0].clone()
     for i in range(1, 8 // bits):
@@ -309,7 +313,7 @@ def unpack_codes(
     packed: torch.Tensor, rows: int, cols: int, bits: int, *, transpose: bool = False
 ) -> torch.Tensor:
     """Bytes in fragment order to codes [N, rows, cols], or [N, cols, rows], uint8."""
-    byte, shift = _code_places(rows, cols, bits, transpose)
+    byte, shift = _code_places(rows, cols, bits, transpose, packed.device)
     codes = packed.gather(1, byte.expand(len(packed), -1))  # an index would cost five times as much
     codes.bitwise_right_shift_(shift).bitwise_and_(2**bits - 1)
     return codes.view(-1, *((cols, rows) if transpose else (rows, cols)))
@@ -320,11 +324,11 @@ def vector_bytes(
 ) -> torch.Tensor:
     """Permute an fp16 vector [N, L] and return its bytes [N, 2 L]."""
     stored = torch.empty_like(vector, memory_format=torch.contiguous_format)
-    stored[:, _vector_order(vector.shape[1], order)] = vector
+    stored[:, _vector_order(vector.shape[1], order, vector.device)] = vector
     return stored.view(torch.uint8)
 
 
 def read_vector(data: torch.Tensor, order: Callable[[torch.Tensor], torch.Tensor]) -> torch.Tensor:
     """Bytes [N, 2 L] of a permuted fp16 vector back to fp32 [N, L]."""
     stored = data.contiguous().view(torch.float16)
-    return stored[:, _vector_order(stored.shape[1], order)].float()
+    return stored[:, _vector_order(stored.shape[1], order, data.device)].float()

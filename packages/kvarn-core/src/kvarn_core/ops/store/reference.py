@@ -39,7 +39,7 @@ def seal(
             stop = min(length, layout.sink_rows)
             rows = slice(start, start + stop - first)
             write_rows(
-                cache, table[SINK_COLUMN : SINK_COLUMN + 1], torch.arange(first, stop),
+                cache, table[SINK_COLUMN : SINK_COLUMN + 1], torch.arange(first, stop, device=cache.device),
                 exact_rows(key[rows], layout), exact_rows(value[rows], layout), layout,
             )  # fmt: skip
         oldest = max(int(table[HIT_COLUMN]), first // layout.group - 1)  # a phase is below G
@@ -65,7 +65,7 @@ def append(
     for row, start, new, length in _requests(seq_lens, cu_seqlens_q):
         kept = min(new, layout.ring_rows)
         rows = slice(start + new - kept, start + new)
-        positions = torch.arange(length - kept, length)
+        positions = torch.arange(length - kept, length, device=cache.device)
         write_rows(
             cache, ring_pages(page_table[row], layout), positions % layout.ring_rows,
             exact_rows(key[rows], layout), exact_rows(value[rows], layout), layout,
@@ -114,7 +114,7 @@ def _tile_rows(
     """Exact K and V [G, Hkv, D] of a tile: ring rows before position `first`, new rows after."""
     begin, end = tile * layout.group, (tile + 1) * layout.group
     split = min(max(first, begin), end)
-    old = torch.arange(begin, split) % layout.ring_rows
+    old = torch.arange(begin, split, device=cache.device) % layout.ring_rows
     old_key, old_value = read_rows(cache, ring_pages(table, layout), old, layout)
     new = slice(split - first, end - first) if end > split else slice(0, 0)
     return (
