@@ -101,14 +101,14 @@ def test_divergence_against_a_hand_calculation() -> None:
     assert distance.kld == pytest.approx([first, second])
     assert distance.top1.tolist() == [0.0, 0.0]
     assert distance.dlogp == pytest.approx([math.log(1.5), math.log(0.9 / 0.4)])
-    assert distance.scored(distance.kld, 0) == pytest.approx([second])
+    assert distance.answer(distance.kld, 0) == pytest.approx([second])
 
 
-def test_only_answers_after_two_tiles_are_scored() -> None:
+def test_answers_begin_with_their_first_prediction() -> None:
     values = np.arange(10.0)
-    distance = Distance(values, values, values, scored_from=4)
-    assert distance.scored(values, 0)[0] == 4
-    assert distance.scored(values, 7)[0] == 7
+    distance = Distance(values, values, values, answer_from=4)
+    assert distance.answer(values, 0)[0] == 4
+    assert distance.answer(values, 7)[0] == 7
 
 
 def test_texts_are_deterministic_and_of_the_length_asked_for() -> None:

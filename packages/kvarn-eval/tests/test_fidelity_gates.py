@@ -111,7 +111,7 @@ def test_a_lost_window_turns_the_self_check_red(distances: dict[str, list[Distan
     first = SETTINGS.first_packed
     assert early_gate("plain", distances, first).verdict is Verdict.PASS
     early_reader = [
-        Distance(d.kld + 1e-2, d.top1, d.dlogp, d.scored_from) for d in distances["kvarn"]
+        Distance(d.kld + 1e-2, d.top1, d.dlogp, d.answer_from) for d in distances["kvarn"]
     ]
     broken = {**distances, "kvarn": early_reader}
     assert early_gate("plain", broken, first).verdict is Verdict.FAIL
@@ -129,7 +129,7 @@ def test_a_worse_encoder_than_the_published_one_is_red(
 def test_few_and_scattered_texts_decide_nothing(distances: dict[str, list[Distance]]) -> None:
     factors = (0.1, 2.5, 0.1, 0.1)
     scattered = [
-        Distance(d.kld * f, d.top1, d.dlogp, d.scored_from)
+        Distance(d.kld * f, d.top1, d.dlogp, d.answer_from)
         for d, f in zip(distances["paper"], factors, strict=True)
     ]
     gate = ratio_gate("g", ("kvarn", scattered), ("paper", distances["paper"]), 1.0, "plain", 256)

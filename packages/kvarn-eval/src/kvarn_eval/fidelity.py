@@ -5,9 +5,10 @@ query in tile i sees older tiles as the policy under test stores them, so errors
 layer to layer and from token to token. The reference is the same model over an fp16 cache. Quality
 is the Kullback-Leibler divergence of the next-token distribution over the full vocabulary, in nats.
 
-Texts are held-out problems of the small model with their right answers; the model is scored on the
-answers, the part that it would generate. What is traded away: decode kernels, which a running
-server exercises (`demo`).
+Texts are held-out problems of the small model with their right answers. Every position from 2 G on
+counts: in a prompt the model is uncertain and small errors show, in an answer it is nearly certain
+and only errors that would change the text do. Answers are also reported on their own. What is traded
+away: decode kernels, which a running server exercises (`demo`).
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ import torch
 
 from kvarn_core import PRESETS, Preset
 from kvarn_eval.baselines import METHODS
-from kvarn_eval.small_model import tasks, tokenizer
+from kvarn_eval.small_model import outliers, tasks, tokenizer
 from kvarn_eval.small_model.model import SmallModel, causal_attention
 
 if TYPE_CHECKING:
@@ -124,7 +125,7 @@ class PolicyCache:
 
 @dataclass(frozen=True)
 class Text:
-    """Token ids of one text; the first `prompt` of them are given, the others are scored."""
+    """Token ids of one text: a prompt of `prompt` tokens and its answer."""
 
     family: str
     ids: tuple[int, ...]
@@ -164,8 +165,6 @@ def load_model(folder: Path, profile: str) -> SmallModel:
     """Read the small model in fp32, with the outliers of a profile (``plain`` has none)."""
     model = SmallModel.load(folder)
     if profile != "plain":
-        from kvarn_eval.small_model import outliers
-
         model.load_state_dict(outliers.stress(model.state_dict(), model.config, profile))
     return model
 
@@ -212,11 +211,11 @@ class Distance:
     kld: Floats
     top1: Floats
     dlogp: Floats
-    scored_from: int
+    answer_from: int
 
-    def scored(self, values: Floats, first: int) -> Floats:
-        """Values at positions that belong to the answer and are not before `first`."""
-        return values[max(self.scored_from, first) :]
+    def answer(self, values: Floats, first: int) -> Floats:
+        """Values at positions that predict the answer and are not before `first`."""
+        return values[max(self.answer_from, first) :]
 
 
 def compare(reference: Tensor, test: Tensor, text: Text) -> Distance:
@@ -230,7 +229,7 @@ def compare(reference: Tensor, test: Tensor, text: Text) -> Distance:
         kld=(p.exp() * (p - q)).sum(-1).clamp(min=0).numpy(),
         top1=(p.argmax(-1) == q.argmax(-1)).double().numpy(),
         dlogp=(p - q).gather(1, following)[:, 0].abs().numpy(),
-        scored_from=text.prompt - 1,
+        answer_from=text.prompt - 1,
     )
 
 
@@ -261,6 +260,7 @@ def measure_arms(
     for text in texts:
         reference = pseudo_decode(model, text.ids, ARMS[REFERENCE], preset)
         for name, policy in arms.items():
-            test = pseudo_decode(model, text.ids, policy, preset)
+            same = policy == ARMS[REFERENCE]
+            test = reference if same else pseudo_decode(model, text.ids, policy, preset)
             found[name].append(compare(reference, test, text))
     return found

@@ -42,6 +42,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from kvarn_core import Preset
+    from kvarn_eval.fidelity import Floats
     from kvarn_eval.schema import Scalar
 
 SERVED_LIMITS = {"plain": 0.45, "large": 0.30}
@@ -70,11 +71,8 @@ def summarise(
 ) -> list[Measurement]:
     """Measurements of one arm: KLD, its tail, its curve over positions, top-1 agreement."""
     first = settings.first_packed
-    kld = [d.scored(d.kld, first) for d in distances]
+    kld = [d.kld[first:] for d in distances]
     everything = np.concatenate(kld)
-    top1 = np.concatenate([d.scored(d.top1, first) for d in distances])
-    dlogp = np.concatenate([d.scored(d.dlogp, first) for d in distances])
-    early = np.concatenate([d.kld[:first] for d in distances])
     spread = interval(ratio_samples([float(x.sum()) for x in kld], [float(len(x)) for x in kld]))
     context: dict[str, Scalar] = {"profile": profile, "positions": len(everything)}
 
@@ -83,15 +81,24 @@ def summarise(
             f"{profile}.{name}", arm, Unit.NATS, value, better="lower", context=context, **more
         )
 
+    def agreement(name: str, parts: list[Floats]) -> Measurement:
+        value = float(np.concatenate(parts).mean())
+        return measure(
+            f"{profile}.{name}", arm, Unit.SHARE, value, better="higher", context=context
+        )
+
     return [
         nats("kld_mean", float(everything.mean()), interval=spread),
         nats("kld_median", float(np.median(everything))),
         nats("kld_p999", float(np.quantile(everything, 0.999))),
-        nats("kld_early", float(early.mean())),
-        nats("dlogp", float(dlogp.mean())),
-        measure(
-            f"{profile}.top1", arm, Unit.SHARE, float(top1.mean()), better="higher", context=context
+        nats("kld_early", float(np.concatenate([d.kld[:first] for d in distances]).mean())),
+        nats("dlogp", float(np.concatenate([d.dlogp[first:] for d in distances]).mean())),
+        agreement("top1", [d.top1[first:] for d in distances]),
+        nats(
+            "answer_kld",
+            float(np.concatenate([d.answer(d.kld, first) for d in distances]).mean()),
         ),
+        agreement("answer_top1", [d.answer(d.top1, first) for d in distances]),
         *_curve(profile, arm, distances, settings),
     ]
 
@@ -120,7 +127,7 @@ def _curve(
 
 
 def _kld_sums(distances: Sequence[Distance], first: int) -> list[float]:
-    return [float(d.scored(d.kld, first).sum()) for d in distances]
+    return [float(d.kld[first:].sum()) for d in distances]
 
 
 def ratio_gate(
