@@ -60,27 +60,29 @@ def write_rows(
     """Write exact rows in place; the parameters are those of `read_rows`."""
     page, row = rows // layout.rows_per_page, rows % layout.rows_per_page
     view = _rows_view(cache, layout)
-    pieces = torch.stack((key, value), dim=2).unflatten(3, view.shape[4:])
+    pieces = torch.stack((key, value), dim=2).view(*key.shape[:2], *view.shape[3:])
     view[pages.long()[page], :, row] = _permute_pieces(pieces, row)
 
 
 def _rows_view(cache: torch.Tensor, layout: RecordLayout) -> torch.Tensor:
     """View pages as exact rows [P, Hkv, R, 2, pieces, elements of a piece], without a copy."""
+    pages, heads, _ = cache.shape
     used = cache[:, :, : layout.rows_per_page * layout.row_bytes]
     dtype = torch.float32 if layout.preset.is_debug else torch.float16
     elements = 16 // layout.exact_itemsize
-    shape = (layout.rows_per_page, 2, layout.head_dim // elements, elements)
-    return used.view(dtype).unflatten(2, shape)
+    pieces = layout.head_dim // elements
+    return used.view(dtype).view(pages, heads, layout.rows_per_page, 2, pieces, elements)
 
 
 def _permute_pieces(rows: torch.Tensor, page_row: torch.Tensor) -> torch.Tensor:
     """Reorder the pieces of rows [n, Hkv, 2, pieces, elements]; its own inverse."""
     order = _piece_order(rows.shape[3], rows.device)[page_row & 7]
-    return rows.gather(3, order[:, None, None, :, None].expand_as(rows))
+    return torch.gather(rows, 3, order[:, None, None, :, None].expand_as(rows))
 
 
 @memoize
 def _piece_order(pieces: int, device: torch.device) -> torch.Tensor:
     """Piece permutations [8, pieces] by page row modulo 8."""
-    piece, row = torch.arange(pieces, device=device), torch.arange(8, device=device)
-    return exact_piece(piece[None, :], row[:, None])
+    row = torch.arange(8, device=device)[:, None]
+    order: torch.Tensor = exact_piece(torch.arange(pieces, device=device)[None, :], row)
+    return order

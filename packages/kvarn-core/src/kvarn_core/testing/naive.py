@@ -59,14 +59,15 @@ def factors_kvarn(T: F32, iterations: int = 4, *, keep_best: bool = True) -> F32
     T = np.ldexp(T, -e0)
 
     def clamp(v: F32) -> F32:
-        return np.clip(v, np.float32(2.0**-10), np.float32(2.0**10))
+        return np.asarray(np.clip(v, 2.0**-10, 2.0**10), np.float32)
 
     def column_rms(X: F32) -> F32:
-        return np.sqrt((X * X).mean(0, dtype=np.float32))
+        return np.asarray(np.sqrt((X * X).mean(0, dtype=np.float32)))
 
     def row_measure(X: F32) -> F32:
         rms = np.sqrt((X * X).mean(1, dtype=np.float32))
-        return np.maximum(X.std(1, ddof=1), rms / 8)
+        measure: F32 = np.maximum(X.std(1, ddof=1), rms / 8)
+        return measure
 
     def spread(v: F32) -> float:
         return float(v.max() / v.min())
@@ -88,7 +89,7 @@ def factors_paper(T: F32, iterations: int = 8) -> F32:
 
     def step(log: F32, std: F32) -> F32:
         grown = log + np.log(np.clip(std, np.float32(1e-3), np.float32(1e3)))
-        return np.clip(grown, np.float32(-0.3), np.float32(10))
+        return np.asarray(np.clip(grown, -0.3, 10), np.float32)
 
     def imbalance(X: F32) -> float:
         total = 0.0
@@ -218,7 +219,7 @@ def unpack(data: U8, rows: int, cols: int, bits: int) -> Int:
     """Fragment order back into codes [rows, cols]."""
     word, bit = _places(rows, cols, bits)
     words = data.copy().view("<u4").astype(np.int64)
-    return (words[word] >> bit) & (2**bits - 1)
+    return np.asarray((words[word] >> bit) & (2**bits - 1))
 
 
 def k_position(d: int) -> int:

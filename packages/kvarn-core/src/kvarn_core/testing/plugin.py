@@ -74,7 +74,8 @@ def poison(tensor: torch.Tensor) -> torch.Tensor:
         The same tensor.
     """
     if tensor.numel():
-        tensor.untyped_storage().fill_(POISON_BYTE)
+        storage = torch.empty(0, dtype=torch.uint8, device=tensor.device)
+        storage.set_(tensor.untyped_storage()).fill_(POISON_BYTE)
     return tensor
 
 

@@ -53,7 +53,8 @@ def attend(
         scores = scores.masked_fill(hidden, float("-inf"))
     lse = scores.logsumexp(-1)
     out = (scores - lse[..., None]).exp() @ value.transpose(0, 1)
+    by_query = (kv_heads, queries, ratio, dim)
     return (
-        out.unflatten(1, (queries, ratio)).transpose(0, 1).reshape(queries, q_heads, dim),
-        lse.unflatten(1, (queries, ratio)).transpose(0, 1).reshape(queries, q_heads),
+        out.view(by_query).transpose(0, 1).reshape(queries, q_heads, dim),
+        lse.view(by_query[:3]).transpose(0, 1).reshape(queries, q_heads),
     )

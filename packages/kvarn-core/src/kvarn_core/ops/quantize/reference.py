@@ -276,7 +276,8 @@ def _code_order(rows: int, cols: int, bits: int, device: torch.device) -> torch.
     """Stream index of each code of a [rows, cols] matrix."""
     m = torch.arange(rows, device=device)[:, None]
     k = torch.arange(cols, device=device)[None, :]
-    return code_index(m, k, rows=rows, cols=cols, bits=bits)
+    order: torch.Tensor = code_index(m, k, rows=rows, cols=cols, bits=bits)
+    return order
 
 
 @cache

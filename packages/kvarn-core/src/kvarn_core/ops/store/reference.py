@@ -38,8 +38,9 @@ def seal(
         if first < layout.sink_rows and sink:
             stop = min(length, layout.sink_rows)
             rows = slice(start, start + stop - first)
+            tokens = torch.arange(first, stop, device=cache.device)
             write_rows(
-                cache, table[SINK_COLUMN : SINK_COLUMN + 1], torch.arange(first, stop, device=cache.device),
+                cache, table[SINK_COLUMN : SINK_COLUMN + 1], tokens,
                 exact_rows(key[rows], layout), exact_rows(value[rows], layout), layout,
             )  # fmt: skip
         oldest = max(int(table[HIT_COLUMN]), first // layout.group - 1)  # a phase is below G
