@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
 
 PREFILL_MODES = ("chunk", "sealed")
+ENGINES = ("auto", "reference")
 OPTIONS_KEY = "kvarn"
 
 
@@ -38,10 +39,13 @@ class Options:
         token sees what a decode step at its position would; independent of chunk sizes.
     recipe : Recipe
         How records are filled: ``kvarn`` (default) or ``paper``.
+    engine : str
+        ``auto`` (default): kernels of the platform. ``reference``: plain torch, on any platform.
     """
 
     prefill: str = "chunk"
     recipe: Recipe = Recipe.KVARN
+    engine: str = "auto"
 
     @classmethod
     def from_config(cls, additional_config: object) -> Options:
@@ -68,11 +72,12 @@ def _values(given: Mapping[str, object]) -> dict[str, Any]:
     choices: dict[str, dict[str, Any]] = {
         "prefill": {mode: mode for mode in PREFILL_MODES},
         "recipe": recipes,
+        "engine": {engine: engine for engine in ENGINES},
     }
     values = {}
     for key, value in given.items():
         if key not in choices:
-            raise ValueError(f"KVarN: there is no option {key!r}. Use {' or '.join(choices)}.")
+            raise ValueError(f"KVarN: there is no option {key!r}. Use {', '.join(choices)}.")
         if not isinstance(value, str) or value not in choices[key]:
             raise ValueError(
                 f"KVarN: option {key} cannot be {value!r}. Use {' or '.join(choices[key])}."
@@ -128,10 +133,15 @@ def _check_platform(config: Any, platform: Any) -> None:
         raise NotImplementedError(
             "KVarN: float32 models are not supported on a GPU. Use --dtype float16 or bfloat16."
         )
-    raise NotImplementedError(
-        "KVarN: this version serves on vLLM's CPU engine only. "
-        "Install kvarn-vllm[cpu] or drop --kv-cache-dtype."
-    )
+    if not platform.is_cuda():
+        raise NotImplementedError(
+            "KVarN: this platform is not supported. Use an NVIDIA GPU or vLLM's CPU engine."
+        )
+    if Options.from_config(config.additional_config).engine != "reference":
+        raise NotImplementedError(
+            "KVarN: this version has no GPU kernels. Use vLLM's CPU engine, or try plain torch, "
+            'slow, with --additional-config \'{"kvarn": {"engine": "reference"}}\'.'
+        )
 
 
 def _check_model(model: Any) -> None:
@@ -188,9 +198,10 @@ def _check_features(config: Any, *, batch_invariant: bool) -> None:
             "context parallelism splits the tokens of a tile over ranks",
             "Set --decode-context-parallel-size and --prefill-context-parallel-size to 1",
         )
-    if config.attention_config.backend is not None:
+    backend = config.attention_config.backend
+    if backend is not None and backend.name != "CUSTOM":
         raise _refusal(
-            f"attention backend {config.attention_config.backend.name} cannot read a kvarn cache",
+            f"attention backend {backend.name} cannot read a kvarn cache",
             "Remove --attention-backend; kvarn selects its own",
         )
     if batch_invariant:

@@ -141,7 +141,7 @@ class KVarNImpl(AttentionImpl):  # type: ignore[misc]
     ) -> torch.Tensor:
         """New rows of one request see each other raw and the context as a decode would."""
         new = len(query)
-        context = torch.tensor([length - new], dtype=torch.int32)
+        context = _int32([length - new], kv_cache)
         old_key, old_value, _ = gather(kv_cache, page_table, context, context, layout=self.layout)
         keys = torch.cat((old_key, rotate(key)))
         values = torch.cat((old_value, rotate(value)))
@@ -165,7 +165,7 @@ class KVarNImpl(AttentionImpl):  # type: ignore[misc]
         for start, stop in pairwise(cuts):
             part = slice(start - first, stop - first)
             self._append(key[part], value[part], kv_cache, page_table, stop)
-            lens = torch.tensor([stop], dtype=torch.int32)
+            lens = _int32([stop], kv_cache)
             keys, values, _ = gather(kv_cache, page_table, lens, lens - 1, layout=self.layout)
             parts.append(self._attend(rotate(query[part]), keys, values))
         return torch.cat(parts).to(query.dtype)
@@ -179,8 +179,7 @@ class KVarNImpl(AttentionImpl):  # type: ignore[misc]
         length: int,
     ) -> None:
         """Write new rows of one request, which has `length` tokens then, to its ring."""
-        lens = torch.tensor([length], dtype=torch.int32)
-        cu_seqlens_q = torch.tensor([0, len(key)], dtype=torch.int32)
+        lens, cu_seqlens_q = _int32([length], kv_cache), _int32([0, len(key)], kv_cache)
         append(key, value, kv_cache, page_table, lens, cu_seqlens_q, layout=self.layout)
 
     def _attend(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
@@ -193,6 +192,10 @@ class KVarNImpl(AttentionImpl):  # type: ignore[misc]
             out, _ = attend(queries, key[visible], value[visible], sm_scale=self.scale)
             blocks.append(out)
         return rotate(torch.cat(blocks))
+
+
+def _int32(values: list[int], like: torch.Tensor) -> torch.Tensor:
+    return torch.tensor(values, dtype=torch.int32, device=like.device)
 
 
 def layer_index(layer_name: str) -> int:

@@ -103,7 +103,7 @@ def _arm() -> Status:
         return Status(False, problem)
     _add_backend()
     _add_manager()
-    for patch in PATCHES:
+    for patch in (*PATCHES, _platform_patch()):
         _install(patch)
     return Status(True)
 
@@ -300,16 +300,22 @@ def _table_columns() -> int:
     return layout.columns(model.max_model_len)
 
 
+def _platform_patch() -> Patch:
+    from vllm.platforms import current_platform
+
+    owner = "cuda:CudaPlatformBase" if current_platform.is_cuda() else "cpu:CpuPlatform"
+    return Patch(
+        f"vllm.platforms.{owner}.get_attn_backend_cls",
+        _attention_backend,
+        "the platform chooses among its own backends, whatever the cache dtype",
+    )
+
+
 PATCHES = (
     Patch(
         ENGINE_CONFIG,
         _engine_config,
         "choose the page size and refuse what is not supported, before anything is loaded",
-    ),
-    Patch(
-        "vllm.platforms.cpu:CpuPlatform.get_attn_backend_cls",
-        _attention_backend,
-        "the CPU platform knows one backend and ignores the cache dtype",
     ),
     Patch(
         "vllm.model_executor.layers.attention.attention:Attention.get_kv_cache_spec",

@@ -75,6 +75,13 @@ SIGNATURES: dict[str, str] = {
     "vllm.v1.core.block_pool:BlockHashToBlockMap.insert": "self key block",
 }
 
+# Only a CUDA build of vLLM can import these.
+CUDA_SIGNATURES: dict[str, str] = {
+    "vllm.platforms.cuda:CudaPlatformBase.get_attn_backend_cls": (
+        "cls selected_backend attn_selector_config num_heads"
+    ),
+}
+
 
 def locate(target: str) -> tuple[Any, str]:
     """Resolve ``module:Class.attribute`` to the class and the attribute's name.
@@ -106,8 +113,10 @@ def version_problem() -> str:
 def changed_signature() -> str:
     """Sentence about the first callable that is not as recorded; empty if all are."""
     import vllm
+    from vllm.platforms import current_platform
 
-    for target, recorded in SIGNATURES.items():
+    signatures = SIGNATURES | (CUDA_SIGNATURES if current_platform.is_cuda() else {})
+    for target, recorded in signatures.items():
         if parameters(target) != recorded:
             return (
                 f"KVarN: {target.partition(':')[2]} of vLLM {vllm.__version__} is not the one "
