@@ -85,7 +85,7 @@ def demo(
     model: ModelOption = SMALL_MODEL,
     out: Annotated[Path, typer.Option(help="Folder for results.")] = Path("demo-results"),
     kv_cache_dtype: Annotated[str, typer.Option(help="KVarN preset.")] = "kvarn_k4v2_g128",
-    items: Annotated[int, typer.Option(min=1, help="Problems per task family.")] = 24,
+    items: Annotated[int, typer.Option(min=1, help="Problems per task family.")] = 16,
     cache_mib: Annotated[int, typer.Option(min=64, help="KV cache of each server, MiB.")] = 1024,
     as_json: JsonOption = False,
 ) -> None:

@@ -7,8 +7,8 @@ is the Kullback-Leibler divergence of the next-token distribution over the full 
 
 Texts are held-out problems of the small model with their right answers. Every position from 2 G on
 counts: in a prompt the model is uncertain and small errors show, in an answer it is nearly certain
-and only errors that would change the text do. Answers are also reported on their own. What is traded
-away: decode kernels, which a running server exercises (`demo`).
+and only errors that would change the text do. Answers are also reported on their own. What is
+traded away: decode kernels, which a running server exercises (`demo`).
 """
 
 from __future__ import annotations

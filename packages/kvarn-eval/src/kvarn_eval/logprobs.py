@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
     Position = dict[int, float]
 
-TOP = 20  # what a server reports without further options
+TOP = 64  # needs --max-logprobs; the default of servers is 20
 MIN_COVERED = 0.99
 _SMALLEST = 1e-6  # rounding of sums of fp32 probabilities; a smaller bucket is noise
 

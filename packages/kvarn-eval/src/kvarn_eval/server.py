@@ -66,7 +66,7 @@ class Server:
     log: Path
     process: subprocess.Popen[bytes]
 
-    def post(self, path: str, body: dict[str, Any], seconds: float = 300.0) -> dict[str, Any]:
+    def post(self, path: str, body: dict[str, Any], seconds: float = 900.0) -> dict[str, Any]:
         """Send JSON and return JSON; raises RuntimeError with the server's words if it refuses."""
         try:
             answer = httpx.post(self.url + path, json=body, timeout=seconds)
