@@ -38,7 +38,7 @@ def orthogonalise(g: Tensor) -> Tensor:
         Singular values between about 0.7 and 1.2.
     """
     a, b, c = _COEFFICIENTS
-    x = g.bfloat16()
+    x: Tensor = g.bfloat16()
     x = x / (torch.linalg.matrix_norm(x, keepdim=True) + 1e-7)
     for _ in range(_ITERATIONS):
         s = x @ x.mT

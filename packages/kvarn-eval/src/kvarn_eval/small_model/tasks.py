@@ -61,12 +61,13 @@ class Item:
 
 def _shuffled(rng: np.random.Generator, count: int, size: int) -> Ids:
     """`count` random orders of `range(size)`."""
-    return np.argsort(rng.random((count, size)), axis=1)
+    return rng.random((count, size)).argsort(1)
 
 
 def _take(rows: Ids, index: Ids) -> Ids:
     """`rows[b, index[b]]` for every b; rows `[B, N, ...]`, index `[B, M]` → `[B, M, ...]`."""
-    return rows[np.arange(len(rows))[:, None], index]
+    taken: Ids = rows[np.arange(len(rows))[:, None], index]
+    return taken
 
 
 def _join(*columns: Ids | int) -> Ids:

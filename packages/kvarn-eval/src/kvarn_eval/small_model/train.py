@@ -47,7 +47,27 @@ class Phase:
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """Everything about a run but its seed."""
+    """Everything about a run but its seed; the defaults are those of the published model.
+
+    Parameters
+    ----------
+    phases : tuple of Phase
+        The curriculum.
+    batch_tokens : int
+        Tokens per step.
+    matrix_lr, vector_lr : float
+        Peak step sizes of Muon, for the matrices of the layers, and of AdamW, for the rest.
+    weight_decay : float
+        Of Muon.
+    warmup, log_every : int
+        Steps.
+    compile : bool
+        Compile one layer per row length.
+    test_items : int
+        Held-out items per cell: family, share of rewrites, prompt length in tokens.
+    test_lengths, test_rewrites, test_questions
+        The cells, and the questions of an item.
+    """
 
     phases: tuple[Phase, ...] = (
         Phase(2000, (512,), (1.0,)),
@@ -59,7 +79,7 @@ class Plan:
     vector_lr: float = 2e-3
     weight_decay: float = 0.01
     warmup: int = 100
-    log_every: int = 100
+    log_every: int = 250
     compile: bool = True
     test_items: int = 128
     test_lengths: tuple[int, ...] = (1024, 2048, 4096, 7168)
@@ -212,7 +232,7 @@ def train(
         with torch.autocast(torch.device(device).type, torch.bfloat16):
             logits = model(ids)
         loss = F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), ignore_index=IGNORE)
-        loss.backward()
+        torch.autograd.backward(loss)
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         for optimizer, peak in zip(optimizers, peaks, strict=True):
             optimizer.param_groups[0]["lr"] = peak * plan.learning_rate(step)
