@@ -75,8 +75,7 @@ def test_pseudo_decode_equals_the_decode_operation(length: int) -> None:
     expected, _ = decode(
         q[:, -1][None], cache, table, seq_lens.int(), layout=layout, sm_scale=scale
     )
-    policy = CachePolicy("kvarn", sink=layout.sink_rows)
-    out = PolicyCache(policy, preset)(0, q, k, v, scale)
+    out = PolicyCache(CachePolicy("kvarn"), preset)(0, q, k, v, scale)
     assert torch.allclose(out[:, -1], expected[0], atol=1e-5)
 
 

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from kvarn_core import RecordLayout
     from kvarn_eval.small_model.model import SmallModel
 
-SETTINGS = Settings(sequences=4, length=900, profiles=("plain",))
+SETTINGS = Settings(sequences=4, length=700, profiles=("plain",))
 NAMES = ("fp16", "rotated fp16", "kvarn", "paper", "paper as served")
 
 

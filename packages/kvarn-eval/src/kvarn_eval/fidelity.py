@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from kvarn_core import PRESETS, Preset
+from kvarn_core import PRESETS, Preset, RecordLayout
 from kvarn_eval.baselines import METHODS
 from kvarn_eval.small_model import outliers, tasks, tokenizer
 from kvarn_eval.small_model.model import SmallModel, causal_attention
@@ -36,7 +36,6 @@ if TYPE_CHECKING:
     Floats = NDArray[np.float64]
 
 DEFAULT_PRESET = PRESETS["kvarn_k4v2_g128"]
-SINK_ROWS = 27  # what one page of the default preset holds
 
 
 @dataclass(frozen=True)
@@ -49,13 +48,17 @@ class CachePolicy:
         Key of `baselines.METHODS`.
     window : int
         Complete tiles before the open one that stay exact.
-    sink : int
-        First tokens that stay exact.
+    sink : int, optional
+        First tokens that stay exact; by default as many as one page of the preset holds.
     """
 
     method: str
     window: int = 1
-    sink: int = SINK_ROWS
+    sink: int | None = None
+
+    def sink_rows(self, preset: Preset, head_dim: int) -> int:
+        """First tokens that stay exact."""
+        return RecordLayout(preset, head_dim).sink_rows if self.sink is None else self.sink
 
 
 REFERENCE = "fp16"
@@ -105,7 +108,8 @@ class PolicyCache:
     def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
         """Attention output [Hq, T, D] of queries [Hq, T, D] over rows [Hkv, T, D]."""
         length, group = q.shape[-2], self.preset.group
-        method, sink = METHODS[self.policy.method], self.policy.sink
+        method = METHODS[self.policy.method]
+        sink = self.policy.sink_rows(self.preset, q.shape[-1])
         packed_k, packed_v = self.stored(k, v)
         exact_k, exact_v = method.exact(k, self.preset), method.exact(v, self.preset)
         blocks = []

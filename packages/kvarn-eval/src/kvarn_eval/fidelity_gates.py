@@ -35,6 +35,7 @@ from kvarn_eval.schema import (
     describe_run,
     measure,
 )
+from kvarn_eval.small_model.model import ModelConfig
 from kvarn_eval.stats import interval, ratio_samples
 
 if TYPE_CHECKING:
@@ -274,12 +275,13 @@ def run_fidelity(
         for name, distances in arms.items()
         for measurement in summarise(profile, name, distances, settings)
     ]
+    head_dim = ModelConfig.load(model_folder).head_dim
     arms = {
         name: Arm(
             kv_cache_dtype=settings.preset.name if policy.method in {"kvarn", "paper"} else "auto",
             method=policy.method,
             window_tiles=policy.window,
-            sink_rows=policy.sink,
+            sink_rows=policy.sink_rows(settings.preset, head_dim),
         )
         for name, policy in ARMS.items()
     }
