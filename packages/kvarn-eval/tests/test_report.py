@@ -55,7 +55,7 @@ def test_the_headline_names_the_gate_that_fails(make_run: MakeRun) -> None:
 def test_the_terminal_table_shows_both_arms_and_their_ratio(make_run: MakeRun) -> None:
     console = Console(width=100, record=True, file=open("/dev/null", "w"))  # noqa: PTH123, SIM115
     console.print(comparison(make_run(), "fp16", "kvarn"))
-    line = next(x for x in console.export_text().splitlines() if "pool tokens" in x)
+    line = next(x for x in console.export_text().splitlines() if "cache pool" in x)
     assert "174,720 tokens" in line
     assert "698,880 tokens" in line
     assert "4.00" in line

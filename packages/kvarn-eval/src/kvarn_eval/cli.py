@@ -13,7 +13,14 @@ from typing import TYPE_CHECKING, Annotated, NoReturn
 
 import typer
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TaskID,
+    TextColumn,
+    TimeElapsedColumn,
+)
 
 from kvarn_eval import report as reports
 from kvarn_eval.schema import Run
@@ -34,18 +41,18 @@ JsonOption = Annotated[bool, typer.Option("--json", help="Print the result docum
 def _progress() -> Iterator[Callable[[str, int, int], None]]:
     """A callback that shows what happens; on a terminal as bars, otherwise one line per step."""
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
-    shown: dict[str, int] = {}
+    shown: dict[str, TaskID] = {}
     with Progress(*columns, TimeElapsedColumn(), console=console) as bars:
 
         def show(what: str, done: int, steps: int) -> None:
             key = what.partition(",")[0]
             if key not in shown:
                 for other in shown.values():
-                    bars.stop_task(other)  # type: ignore[arg-type]
+                    bars.stop_task(other)
                 shown[key] = bars.add_task(what, total=steps)
                 if not console.is_terminal:
                     console.print(what)
-            bars.update(shown[key], description=what, completed=done, total=steps)  # type: ignore[arg-type]
+            bars.update(shown[key], description=what, completed=done, total=steps)
 
         yield show
 

@@ -218,6 +218,7 @@ def run_demo(settings: Settings, out: Path, progress: Progress) -> Run:
 
         arms[name] = Arm(kv_cache_dtype=cache_dtype, options=list(settings.options(cache_dtype)))
         with serve(settings.server(cache_dtype), out / f"server-{name}.log", starting) as server:
+            progress(f"{name}: starting, ready", 1, 1)
             seen[name] = observe(server, name, settings, progress)
         _write_answers(out / _raw(name), seen[name].answers)
     measurements = [
@@ -249,7 +250,6 @@ def _measure_arm(name: str, seen: Observation, settings: Settings) -> list[Measu
     context = json.loads((settings.model / "config.json").read_text(encoding="utf-8"))
     length = context["max_position_embeddings"]
     pool = seen.pool
-    generated = sum(answer.answer_tokens for answer in seen.answers)
     return [
         *accuracy.summarise(name, seen.answers, settings.first_packed, _raw(name)),
         measure("pool_tokens", name, Unit.TOKENS, pool.tokens, better="higher"),
@@ -262,7 +262,6 @@ def _measure_arm(name: str, seen: Observation, settings: Settings) -> list[Measu
             better="higher",
             context={"tokens": length},
         ),
-        measure("generated", name, Unit.TOKENS, generated),
         measure("preemptions", name, Unit.COUNT, seen.preemptions, better="lower"),
         measure("seconds", name, Unit.SECONDS, seen.seconds, better="lower"),
     ]

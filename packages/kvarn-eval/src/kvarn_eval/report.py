@@ -27,6 +27,23 @@ WORDS = {
     Verdict.FAIL: "A required gate fails.",
     Verdict.INCONCLUSIVE: "The evidence does not decide every required gate.",
 }
+LABELS = {
+    "answer_tokens": "answer length (median)",
+    "reading_records": "generated past two tiles",
+    "pool_tokens": "cache pool",
+    "tokens_per_gib": "tokens per GiB of cache",
+    "longest_requests": "longest requests that fit",
+    "seconds": "time to answer and score",
+    "kld_mean": "mean KLD",
+    "kld_median": "median KLD",
+    "kld_p999": "99.9 % KLD",
+    "kld_early": "mean KLD before 2 G",
+    "top1": "top-1 agreement",
+    "answer_kld": "mean KLD on answers",
+    "answer_top1": "top-1 agreement on answers",
+    "covered": "probability compared one by one",
+}
+FEW_ARMS = 3  # up to here arms are columns
 STYLE: dict[str, Any] = {
     "svg.hashsalt": "kvarn",
     "font.size": 9,
@@ -126,7 +143,7 @@ def comparison(run: Run, reference: str, tested: str) -> Table:
 
 def label(name: str) -> str:
     """A measurement's name as people read it."""
-    return name.replace("_", " ").replace(".", ": ")
+    return LABELS.get(name, name.replace("_", " ").replace(".", ": "))
 
 
 def format_number(value: float) -> str:
@@ -160,17 +177,18 @@ def _sections(run: Run) -> dict[str, list[Measurement]]:
 
 
 def _pivot(run: Run, measurements: list[Measurement], prefix: str) -> list[str]:
-    """One row per arm, one column per measurement."""
+    """Arms against measurements; few arms are columns, many are rows."""
     names = list(dict.fromkeys(m.name for m in measurements))
-    cell = {(m.arm, m.name): m for m in measurements}
-    rows = []
-    for arm in run.arms:
-        row = [arm]
-        for name in names:
-            found = cell.get((arm, name))
-            row.append(_with_interval(found) if found else "")
-        rows.append(row)
-    return _table(["arm", *(label(name.removeprefix(prefix)) for name in names)], rows)
+    cell = {(m.arm, m.name): _with_interval(m) for m in measurements}
+    labels = [label(name.removeprefix(prefix)) for name in names]
+    if len(run.arms) > FEW_ARMS:
+        rows = [[arm, *(cell.get((arm, name), "") for name in names)] for arm in run.arms]
+        return _table(["arm", *labels], rows)
+    rows = [
+        [text, *(cell.get((arm, name), "") for arm in run.arms)]
+        for text, name in zip(labels, names, strict=True)
+    ]
+    return _table(["", *run.arms], rows)
 
 
 def _with_interval(measurement: Measurement) -> str:
