@@ -16,6 +16,8 @@ from typing import Any
 import pytest
 import torch
 
+from kvarn_core import Preset, RecordLayout
+
 pytestmark = pytest.mark.engine
 
 DEBUG = "kvarn_debug32_g128"
@@ -160,19 +162,29 @@ def test_abort_leaves_the_others_alone(start, stock) -> None:
 
 def test_until_max_model_len_and_refused_lengths(start) -> None:
     """Requests that end in the last column of the page table, and lengths that vLLM refuses."""
-    prompts = [random_tokens(n, n) for n in (1, 900, 1023)]
-    limits = [1023, 124, 1]
-    with start("auto") as engine:
+    prompts, limits = [random_tokens(n, n) for n in (1, 400, 511)], [511, 112, 1]
+    with start("auto", max_model_len=512) as engine:
         expected = engine.generate(prompts, limits)
-    with start(DEBUG, num_gpu_blocks_override=40, max_num_batched_tokens=300) as engine:
+    pages = RecordLayout(Preset.from_name(DEBUG), 128).columns(512)
+    options = {"max_model_len": 512, "num_gpu_blocks_override": pages}
+    with start(DEBUG, max_num_batched_tokens=300, **options) as engine:
         answers = engine.generate(prompts, limits)
         with pytest.raises(ValueError, match="cannot be empty"):
             engine.generate([[]])
         with pytest.raises(ValueError, match="longer than the maximum model length"):
-            engine.generate([random_tokens(1024, 1)], max_tokens=1)
-        assert_same(engine.generate(prompts, limits), answers)
+            engine.generate([random_tokens(512, 1)], max_tokens=1)
+        assert_same(engine.generate(prompts[2:], limits[2:]), {0: expected[2]})
     assert [len(answers[n][0].tokens) for n in range(3)] == limits
     assert_same(answers, expected)
+
+
+def test_a_pool_that_cannot_hold_one_request_is_refused(start) -> None:
+    pages = RecordLayout(Preset.from_name(DEBUG), 128).columns(512)
+    with (
+        pytest.raises(ValueError, match="KV cache"),
+        start(DEBUG, max_model_len=512, num_gpu_blocks_override=pages - 1),
+    ):
+        pass
 
 
 SHAPES = {

@@ -4,6 +4,8 @@ import json
 import sys
 from typing import Any
 
+import pytest
+
 from kvarn_vllm.__main__ import main
 from kvarn_vllm.doctor import as_text, report
 
@@ -49,3 +51,12 @@ def test_vllm_commands_run_with_the_plugin(monkeypatch: Any) -> None:
     monkeypatch.setattr(sys, "argv", ["python"])
     assert main(["vllm", "bench", "latency", "--help"]) == 0
     assert seen == [["vllm", "bench", "latency", "--help"]]
+
+
+def test_the_command_line_starts_on_the_cpu_build(monkeypatch: Any, capsys: Any) -> None:
+    """vLLM's own command asks for a distribution that its CPU build does not have."""
+    monkeypatch.setattr(sys, "argv", ["python"])
+    with pytest.raises(SystemExit) as stopped:
+        main(["vllm", "--version"])
+    assert stopped.value.code == 0
+    assert "0.22.0" in capsys.readouterr().out

@@ -45,9 +45,10 @@ def _doctor(options: argparse.Namespace) -> int:
 
 def _vllm(arguments: list[str]) -> int:
     """Run vLLM's command line; some of its commands parse arguments before they load plugins."""
-    from kvarn_vllm import register
+    from kvarn_vllm.patches import arm, fix_command_line
 
-    register()
+    arm()
+    fix_command_line()
     from vllm.entrypoints.cli.main import main as vllm_main
 
     sys.argv = ["vllm", *arguments]

