@@ -32,6 +32,7 @@ def run(*arguments: str) -> tuple[int, str, str]:
         ("demo", "--model", "nowhere"),
         ("fidelity", "--model", "nowhere"),
         ("report", "nowhere.json"),
+        ("solve", "riddles"),
         ("fly",),
         ("demo", "--items", "0"),
     ],
@@ -85,3 +86,9 @@ def test_fidelity_writes_its_result(
 
 def test_the_small_model_is_beside_the_package() -> None:
     assert Path(SMALL_MODEL).parts[-3:] == ("kvarn-eval", "models", "small")
+
+
+def test_solve_counts_right_answers() -> None:
+    options = ("--items", "2", "--prompt-tokens", "400", "--questions", "4", "--rewrites", "0.5")
+    status, printed, _ = run("solve", "recall", *options)
+    assert (status, printed) == (0, "recall: 2 of 2 right (100.0 %)\n")

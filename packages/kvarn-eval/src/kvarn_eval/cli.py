@@ -1,4 +1,4 @@
-"""Command line: ``kvarn-eval demo | fidelity | train | report``.
+"""Command line: ``kvarn-eval demo | fidelity | solve | train | report``.
 
 Exit status: 0 all required gates pass, 1 one fails, 2 wrong usage, 3 the evidence does not decide.
 """
@@ -153,6 +153,39 @@ def fidelity(
     except ValueError as error:
         _fail_usage(str(error))
     _finish(run, out, as_json)
+
+
+@app.command()
+def solve(
+    family: Annotated[str, typer.Argument(help="recall or arith.")],
+    model: ModelOption = SMALL_MODEL,
+    items: Annotated[int, typer.Option(min=1, help="Held-out problems.")] = 96,
+    prompt_tokens: Annotated[int, typer.Option(help="Tokens per prompt.")] = 1536,
+    questions: Annotated[int, typer.Option(help="Queries or steps per problem.")] = 32,
+    rewrites: Annotated[float, typer.Option(help="Share of rows that rewrite a name.")] = 0.9,
+) -> None:
+    """Solve held-out problems with an exact cache, without a server; print the accuracy."""
+    from kvarn_eval.small_model.evaluate import exact_match
+    from kvarn_eval.small_model.model import SmallModel
+    from kvarn_eval.small_model.tasks import FAMILIES, make_item
+
+    _check_model(model)
+    known = {name: name for name in FAMILIES}
+    if family not in known:
+        _fail_usage(f"{family} is not a task family. Choose one of {', '.join(known)}.")
+    weights, right = SmallModel.load(model), 0
+    with _progress() as progress:
+        for seed in range(items):
+            item = make_item(
+                known[family],
+                seed,
+                prompt_tokens=prompt_tokens,
+                questions=questions,
+                rewrites=rewrites,
+            )
+            right += sum(exact_match(weights, [item]))
+            progress(f"{family}, {right} right", seed + 1, items)
+    sys.stdout.write(f"{family}: {right} of {items} right ({100 * right / items:.1f} %)\n")
 
 
 @app.command()
