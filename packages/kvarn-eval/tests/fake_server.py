@@ -35,7 +35,7 @@ vllm:num_preemptions_total{{engine="0"}} 0.0
 
 def position(token: int) -> dict[str, dict[str, float]]:
     """The given token is almost certain; a compressed cache shifts a little mass."""
-    other = 0.05 if compressed and options.behaviour == "damaged" else 0.001
+    other = 0.08 if compressed and options.behaviour == "damaged" else 0.001
     probabilities = {token: 0.998 - other, token + 1 if token < 10 else token - 1: other}
     return {str(k): {"logprob": math.log(p)} for k, p in probabilities.items()}
 

@@ -47,10 +47,16 @@ if TYPE_CHECKING:
 
 REFERENCE, TESTED = "fp16", "kvarn"
 ACCURACY_MARGIN = 0.05
-MAX_KLD = 0.02
+MAX_KLD = 0.03  # nats; 0.0146 measured, the published recipe as served has 0.037
 MIN_TOP1 = 0.98
 MIN_POOL_RATIO = 4.0
-CPU_ENVIRONMENT = {"TORCHDYNAMO_DISABLE": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
+# Threads that spin while they wait starve the others of a small machine: a hundredfold slowdown
+# of small operations was seen on two cores with one other process.
+CPU_ENVIRONMENT = {
+    "TORCHDYNAMO_DISABLE": "1",
+    "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+    "OMP_WAIT_POLICY": "PASSIVE",
+}
 # There are no GPU kernels yet; on a GPU the plugin asks for an explicit yes to plain torch.
 GPU_OPTIONS = ("--additional-config", '{"kvarn": {"engine": "reference"}}')
 
@@ -74,7 +80,7 @@ class Settings:
     questions : int
         Queries or steps per problem.
     texts, text_tokens : int
-        Texts that are scored, and their length in tokens.
+        Texts to score, and their length in tokens.
     concurrency : int
         Requests in flight.
     command : tuple of str
@@ -163,6 +169,7 @@ def observe(server: Server, name: str, settings: Settings, progress: Progress) -
     """Ask a running server everything."""
     problems, texts = settings.problems(), settings.texts_to_score()
     began = time.monotonic()
+    progress(f"{name}: solving problems", 0, len(problems))
     answers = accuracy.ask_all(
         server,
         problems,
@@ -322,11 +329,6 @@ def _bound(
     )
 
 
-def _informative(gate: Gate) -> Gate:
-    """The same gate, not required: some dozens of problems cannot prove a margin of five points."""
-    return gate.model_copy(update={"required": False})
-
-
 def _gates(
     seen: dict[str, Observation], quality: list[Measurement], settings: Settings
 ) -> list[Gate]:
@@ -354,7 +356,8 @@ def _gates(
             f"KVarN answers {100 * rates[TESTED]:.1f} % right, fp16 {100 * rates[REFERENCE]:.1f} %",
             [f"{name}:accuracy" for name in both],
         ),
-        _informative(confidence),
+        # some dozens of problems cannot prove a margin of five points
+        confidence.model_copy(update={"required": False}),
         validity,
         _bound(
             "kld",
