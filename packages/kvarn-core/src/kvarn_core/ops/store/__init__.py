@@ -57,7 +57,7 @@ def seal(
     Raises
     ------
     ValueError
-        If a shape or dtype disagrees with `layout`; the message names the argument.
+        If a shape disagrees with `layout`; the message names the argument.
 
     Notes
     -----
@@ -97,7 +97,7 @@ def append(
     Raises
     ------
     ValueError
-        If a shape or dtype disagrees with `layout`; the message names the argument.
+        If a shape disagrees with `layout`; the message names the argument.
     """
     _check(key, value, cache, page_table, layout)
     reference.append(key, value, cache, page_table, seq_lens, cu_seqlens_q, layout=layout)
