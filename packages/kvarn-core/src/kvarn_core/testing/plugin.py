@@ -5,6 +5,7 @@ Load it with ``-p kvarn_core.testing.plugin``.
 
 from __future__ import annotations
 
+import os
 import sys
 from typing import TYPE_CHECKING, Any
 
@@ -27,17 +28,26 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Skip GPU tests on a machine without one."""
+    """Skip GPU tests on a machine without one, and kernels that can run nowhere."""
     if torch.cuda.is_available():
         return
     for item in items:
         if item.get_closest_marker("gpu"):
             item.add_marker(pytest.mark.skip(reason="needs a CUDA GPU; none is visible"))
+        elif item.get_closest_marker("kernel") and not _interpreted():
+            reason = "needs a CUDA GPU, or TRITON_INTERPRET=1 to interpret Triton kernels"
+            item.add_marker(pytest.mark.skip(reason=reason))
+
+
+@pytest.fixture
+def kernel_device() -> torch.device:
+    """Where Triton kernels run: the GPU, or the CPU through Triton's interpreter."""
+    return torch.device("cpu" if _interpreted() else "cuda")
 
 
 def pytest_runtest_logreport(report: pytest.TestReport) -> None:
     """Count the GPU tests that ran."""
-    if report.when == "call" and not report.skipped and "gpu" in report.keywords:
+    if report.when == "call" and not report.skipped and {"gpu", "kernel"} & set(report.keywords):
         _GPU_TESTS.append(report.nodeid)
 
 
@@ -80,6 +90,10 @@ def poison(tensor: torch.Tensor) -> torch.Tensor:
 
 
 _GPU_TESTS: list[str] = []
+
+
+def _interpreted() -> bool:
+    return os.environ.get("TRITON_INTERPRET") == "1"
 
 
 def _poisoning(original: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
