@@ -9,7 +9,7 @@ import torch
 
 from kvarn_core import PRESETS, RecordLayout
 from kvarn_core.ops.decode import decode
-from kvarn_core.ops.store import append, seal
+from kvarn_core.ops.store import append, seal, write_sink
 from kvarn_eval.baselines import METHODS, Method
 from kvarn_eval.fidelity import (
     ARMS,
@@ -70,6 +70,7 @@ def test_pseudo_decode_equals_the_decode_operation(length: int) -> None:
     cache = torch.zeros(columns + 1, heads, layout.record_bytes, dtype=torch.uint8)
     table = torch.arange(columns, dtype=torch.int32)[None]
     seq_lens, cu = torch.tensor([length]), torch.tensor([0, length])
+    write_sink(*tokens, cache, table, seq_lens.int(), cu.int(), layout=layout)
     seal(*tokens, cache, table, seq_lens.int(), cu.int(), layout=layout)
     append(*tokens, cache, table, seq_lens.int(), cu.int(), layout=layout)
     expected, _ = decode(

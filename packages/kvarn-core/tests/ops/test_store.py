@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from kvarn_core.layout import SINK_COLUMN, RecordLayout
 from kvarn_core.ops.gather import gather
 from kvarn_core.ops.quantize import quantize
-from kvarn_core.ops.store import append, seal
+from kvarn_core.ops.store import append, seal, write_sink
 from kvarn_core.rotation import exact_rows
 from kvarn_core.spec import DEBUG_PRESETS, PRESETS, Recipe
 from kvarn_core.testing import naive
@@ -227,6 +227,29 @@ def test_sealing_twice_changes_nothing_and_leaves_the_ring_alone() -> None:
     assert_same_bits(paging.cache[ring], before)
 
 
+def test_appending_token_by_token_needs_no_other_call_for_the_sink() -> None:
+    key, value = _rows(SMALL, 40)
+    appended, stepped = (allocate(SMALL, [40], seed=18) for _ in range(2))
+    for n in range(1, 41):
+        where = (appended.page_table, torch.tensor([n]), torch.tensor([0, 1]))
+        append(key[n - 1 : n], value[n - 1 : n], appended.cache, *where, layout=SMALL)
+    store_sequence(stepped, 0, key, value, [40])
+    assert_same_bits(appended.cache, stepped.cache)
+
+
+def test_decode_rows_may_be_appended_before_they_seal() -> None:
+    total = 4 * SMALL.group
+    key, value = _rows(SMALL, total)
+    early, late = (allocate(SMALL, [total], seed=19) for _ in range(2))
+    for n in range(1, total + 1):
+        new = key[n - 1 : n], value[n - 1 : n]
+        where = (early.page_table, torch.tensor([n]), torch.tensor([0, 1]))
+        append(*new, early.cache, *where, layout=SMALL)
+        seal(*new, early.cache, *where, layout=SMALL)
+        store_sequence(late, 0, *new, [1], start=n - 1)
+        assert_same_bits(early.cache, late.cache)
+
+
 def test_the_null_page_is_never_a_sink() -> None:
     key, value = _rows(SMALL, 200)
     paging = allocate(SMALL, [200], sink=False, seed=11)
@@ -241,9 +264,9 @@ def test_rows_without_tokens_do_nothing(new: int, length: int) -> None:
     before = paging.cache.clone()
     key, value = _rows(SMALL, new)
     where = (paging.page_table, torch.tensor([length]), torch.tensor([0, new]))
-    seal(key, value, paging.cache, *where, layout=SMALL)
-    append(key, value, paging.cache, *where, layout=SMALL)
-    assert_same_bits(paging.cache, before)
+    for op in (write_sink, seal, append):
+        op(key, value, paging.cache, *where, layout=SMALL)
+        assert_same_bits(paging.cache, before)
 
 
 @pytest.mark.parametrize("name", ["nan", "inf", "saturating", "zero", "constant", "denormal"])

@@ -21,7 +21,7 @@ from vllm.v1.attention.backend import AttentionImpl, AttentionType
 
 from kvarn_core.ops.decode import attend, decode
 from kvarn_core.ops.gather import gather
-from kvarn_core.ops.store import append, seal
+from kvarn_core.ops.store import append, seal, write_sink
 from kvarn_core.rotation import rotate
 from kvarn_vllm.cache_spec import record_layout
 from kvarn_vllm.config import Options, check_layer
@@ -112,6 +112,7 @@ class KVarNImpl(AttentionImpl):  # type: ignore[misc]
         everything = step.rows(0, len(step.seq_lens))
         decodes = step.rows(0, step.num_decodes)
 
+        write_sink(key, value, kv_cache, *everything, layout=self.layout)
         seal(
             key, value, kv_cache, *everything,
             layout=self.layout, recipe=self.options.recipe, layer=layer_index(layer.layer_name),

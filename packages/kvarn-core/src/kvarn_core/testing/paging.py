@@ -14,7 +14,7 @@ import torch
 from hypothesis import strategies as st
 
 from kvarn_core.layout import HEAD_DIMS, HIT_COLUMN, RING_COLUMN, SINK_COLUMN, RecordLayout
-from kvarn_core.ops.store import append, seal
+from kvarn_core.ops.store import append, seal, write_sink
 from kvarn_core.spec import PRESETS, Recipe
 
 if TYPE_CHECKING:
@@ -139,7 +139,7 @@ def step(
     recipe: Recipe = Recipe.KVARN,
     layer: int = 0,
 ) -> None:
-    """Store one step of a serving engine: seal for all requests, then append for all.
+    """Store one step of a serving engine: sink rows, due records, then ring rows of all requests.
 
     Parameters
     ----------
@@ -157,6 +157,7 @@ def step(
     key, value = (torch.cat(rows) for rows in zip(*chunks, strict=True))
     starts = torch.tensor([0, *(len(rows) for rows, _ in chunks)]).cumsum(0).int()
     where = (paging.cache, paging.page_table, torch.tensor(lengths, dtype=torch.int32), starts)
+    write_sink(key, value, *where, layout=paging.layout)
     seal(key, value, *where, layout=paging.layout, recipe=recipe, layer=layer)
     append(key, value, *where, layout=paging.layout)
 

@@ -1,7 +1,8 @@
 """New keys and values into the cache: exact rows now, records when a tile is due.
 
-A step calls `seal` for every request, then reads (attention), and calls `append` for decode rows
-before it reads and for prefill rows after it, because prefill still reads the old ring.
+A step calls `write_sink` for prefill rows and `seal` for all rows, then reads (attention). It
+calls `append` for decode rows before it reads and for prefill rows after it, because prefill still
+reads the old ring.
 """
 
 from __future__ import annotations
@@ -17,6 +18,34 @@ if TYPE_CHECKING:
     from kvarn_core.layout import RecordLayout
 
 
+def write_sink(
+    key: torch.Tensor,
+    value: torch.Tensor,
+    cache: torch.Tensor,
+    page_table: torch.Tensor,
+    seq_lens: torch.Tensor,
+    cu_seqlens_q: torch.Tensor,
+    *,
+    layout: RecordLayout,
+    max_query_len: int | None = None,
+    engine: str | None = None,
+) -> None:
+    """Write the new rows among a request's first tokens to its sink page.
+
+    Parameters
+    ----------
+    key, value, cache, page_table, seq_lens, cu_seqlens_q, layout, max_query_len, engine
+        As in `seal`. Only sink pages are written; a request whose sink is the null page has none.
+
+    Raises
+    ------
+    ValueError
+        If a shape disagrees with `layout`; the message names the argument.
+    """
+    _check(key, value, cache, page_table, layout)
+    reference.write_sink(key, value, cache, page_table, seq_lens, cu_seqlens_q, layout=layout)
+
+
 def seal(
     key: torch.Tensor,
     value: torch.Tensor,
@@ -28,8 +57,10 @@ def seal(
     layout: RecordLayout,
     recipe: Recipe = Recipe.KVARN,
     layer: int = 0,
+    max_query_len: int | None = None,
+    engine: str | None = None,
 ) -> None:
-    """Write every record that is due in this step, and the sink rows among the new tokens.
+    """Write every record that is due in this step.
 
     A tile t not taken from the prefix cache is due when position ``(t + 1) * G + f`` is among the
     new tokens; the phase f spreads the work over requests, layers and heads (`seal_phase`). Its
@@ -40,7 +71,7 @@ def seal(
     key, value : Tensor [T, Hkv, D], fp16, bf16 or fp32
         New rows after RoPE, unrotated. Read only.
     cache : Tensor [P, Hkv, layout.record_bytes], uint8
-        Pages. Record and sink pages of the given requests are written in place.
+        Pages. Record pages of the given requests are written in place.
     page_table : Tensor [B, max_pages], int32
         Header and record pages per request. Columns past the last used one are not read.
     seq_lens : Tensor [B], int32
@@ -53,6 +84,11 @@ def seal(
         How records are filled.
     layer : int
         Index of the attention layer; enters the phase only.
+    max_query_len : int, optional
+        At least the largest number of new tokens of a request; sizes the launch of a kernel.
+        Computed on the host if not given.
+    engine : str, optional
+        ``reference`` or ``triton``; chosen by `kvarn_core.dispatch` if not given.
 
     Raises
     ------
@@ -84,15 +120,20 @@ def append(
     cu_seqlens_q: torch.Tensor,
     *,
     layout: RecordLayout,
+    max_query_len: int | None = None,
+    engine: str | None = None,
 ) -> None:
-    """Write the last 2 G new rows of each request to its ring pages.
+    """Write the last 2 G new rows of each request to its ring, and to its sink those that belong.
 
-    Call `seal` first: appending overwrites the rows of tiles that are two tiles old.
+    Rows of a request with one new token may be appended before or after `seal`: the row that is
+    overwritten belongs to a tile that was due at least one step before. With more new tokens call
+    `write_sink` and `seal` first: older rows of the ring are still needed to seal, and sink rows
+    may lie before the last 2 G new ones.
 
     Parameters
     ----------
-    key, value, cache, page_table, seq_lens, cu_seqlens_q, layout
-        As in `seal`. Only ring pages are written.
+    key, value, cache, page_table, seq_lens, cu_seqlens_q, layout, max_query_len, engine
+        As in `seal`. Only ring and sink pages are written.
 
     Raises
     ------

@@ -18,6 +18,25 @@ if TYPE_CHECKING:
     from kvarn_core.spec import Recipe
 
 
+def write_sink(
+    key: torch.Tensor,
+    value: torch.Tensor,
+    cache: torch.Tensor,
+    page_table: torch.Tensor,
+    seq_lens: torch.Tensor,
+    cu_seqlens_q: torch.Tensor,
+    *,
+    layout: RecordLayout,
+) -> None:
+    """See `kvarn_core.ops.store.write_sink`."""
+    for row, start, new, length in _requests(seq_lens, cu_seqlens_q):
+        first = length - new
+        stop = min(length, layout.sink_rows)
+        if first < stop:
+            rows = slice(start, start + stop - first)
+            _write_sink_rows(key[rows], value[rows], cache, page_table[row], first, layout)
+
+
 def seal(
     key: torch.Tensor,
     value: torch.Tensor,
@@ -34,15 +53,6 @@ def seal(
     for row, start, new, length in _requests(seq_lens, cu_seqlens_q):
         table, first = page_table[row], length - new
         fresh = slice(start, start + new)
-        sink = int(table[SINK_COLUMN])
-        if first < layout.sink_rows and sink:
-            stop = min(length, layout.sink_rows)
-            rows = slice(start, start + stop - first)
-            tokens = torch.arange(first, stop, device=cache.device)
-            write_rows(
-                cache, table[SINK_COLUMN : SINK_COLUMN + 1], tokens,
-                exact_rows(key[rows], layout), exact_rows(value[rows], layout), layout,
-            )  # fmt: skip
         oldest = max(int(table[HIT_COLUMN]), first // layout.group - 1)  # a phase is below G
         for tile in range(oldest, (length - 1) // layout.group):
             due = _due_halves(tile, first, length, table, cache.shape[1], layer, layout)
@@ -64,12 +74,34 @@ def append(
 ) -> None:
     """See `kvarn_core.ops.store.append`."""
     for row, start, new, length in _requests(seq_lens, cu_seqlens_q):
-        kept = min(new, layout.ring_rows)
-        rows = slice(start + new - kept, start + new)
-        positions = torch.arange(length - kept, length, device=cache.device)
+        table, kept = page_table[row], min(new, layout.ring_rows)
+        first, end = length - kept, start + new
+        rows = slice(end - kept, end)
+        positions = torch.arange(first, length, device=cache.device)
         write_rows(
-            cache, ring_pages(page_table[row], layout), positions % layout.ring_rows,
+            cache, ring_pages(table, layout), positions % layout.ring_rows,
             exact_rows(key[rows], layout), exact_rows(value[rows], layout), layout,
+        )  # fmt: skip
+        stop = min(length, layout.sink_rows)
+        if first < stop:
+            rows = slice(end - kept, end - length + stop)
+            _write_sink_rows(key[rows], value[rows], cache, table, first, layout)
+
+
+def _write_sink_rows(
+    key: torch.Tensor,
+    value: torch.Tensor,
+    cache: torch.Tensor,
+    table: torch.Tensor,
+    first: int,
+    layout: RecordLayout,
+) -> None:
+    """Write rows of positions `first` and up to the sink page, if the request has one."""
+    if int(table[SINK_COLUMN]):
+        tokens = torch.arange(first, first + len(key), device=cache.device)
+        write_rows(
+            cache, table[SINK_COLUMN : SINK_COLUMN + 1], tokens,
+            exact_rows(key, layout), exact_rows(value, layout), layout,
         )  # fmt: skip
 
 
