@@ -1,0 +1,82 @@
+from __future__ import annotations
+
+import pytest
+import torch
+
+from kvarn_core import PRESETS, RecordLayout
+from kvarn_core.dispatch import explain, select
+from kvarn_core.spec import DEBUG_PRESETS
+
+LAYOUT = RecordLayout(PRESETS["kvarn_k4v2_g128"], 128)
+DEBUG = RecordLayout(DEBUG_PRESETS["kvarn_debug32_g128"], 128)
+CPU, GPU = torch.device("cpu"), torch.device("cuda:0")
+
+
+@pytest.fixture(autouse=True)
+def _compiled(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+
+
+@pytest.fixture
+def capability(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> None:
+    """Pretend that there is a GPU of the given compute capability."""
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: request.param)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Imagined GPU")
+
+
+@pytest.mark.parametrize("capability", [(8, 0), (9, 0), (12, 0)], indirect=True)
+def test_a_gpu_gets_triton(capability: None) -> None:
+    assert select(GPU, LAYOUT) == "triton"
+    assert explain(GPU, LAYOUT) == "The triton engine runs on cuda:0 (Imagined GPU)."
+
+
+@pytest.mark.parametrize("capability", [(7, 5)], indirect=True)
+def test_an_old_gpu_gets_the_reference_and_a_reason(capability: None) -> None:
+    assert select(GPU, LAYOUT) == "reference"
+    reason = "cuda:0 has compute capability 7.5 and the kernels need 8.0 or higher"
+    assert explain(GPU, LAYOUT) == f"The reference engine runs on cuda:0, because {reason}."
+    with pytest.raises(RuntimeError, match=f"^The triton engine cannot run: {reason}"):
+        select(GPU, LAYOUT, "triton")
+
+
+def test_the_cpu_gets_the_reference_and_a_reason() -> None:
+    assert select(CPU, LAYOUT) == "reference"
+    reason = "the kernels need a CUDA GPU, or TRITON_INTERPRET=1 on the CPU"
+    assert explain(CPU, LAYOUT) == f"The reference engine runs on cpu, because {reason}."
+    with pytest.raises(RuntimeError, match=r"TRITON_INTERPRET=1 on the CPU\. Use the reference"):
+        select(CPU, LAYOUT, "triton")
+
+
+def test_the_interpreter_runs_only_when_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    assert select(CPU, LAYOUT) == "reference"
+    assert select(CPU, LAYOUT, "triton") == "triton"
+    assert explain(CPU, LAYOUT, "triton") == "The triton engine runs on cpu, as asked for."
+    with pytest.raises(RuntimeError, match="need a CUDA GPU"):
+        select(torch.device("meta"), LAYOUT, "triton")
+
+
+@pytest.mark.parametrize("capability", [(9, 0)], indirect=True)
+def test_a_debug_preset_has_the_reference_only(capability: None) -> None:
+    assert select(GPU, DEBUG) == "reference"
+    assert "fp32 rows, which no kernel reads" in explain(GPU, DEBUG)
+    with pytest.raises(ValueError, match="kvarn_debug32_g128 stores fp32 rows"):
+        select(GPU, DEBUG, "triton")
+
+
+@pytest.mark.parametrize("capability", [(9, 0)], indirect=True)
+def test_the_reference_can_be_asked_for_anywhere(capability: None) -> None:
+    for device in (CPU, GPU):
+        assert select(device, LAYOUT, "reference") == "reference"
+        assert explain(device, LAYOUT, "reference").endswith("as asked for.")
+
+
+def test_a_missing_package_is_a_reason(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("kvarn_core.dispatch._triton_installed", lambda: False)
+    assert select(GPU, LAYOUT) == "reference"
+    assert explain(GPU, LAYOUT).endswith("because the package triton is not installed.")
+
+
+def test_an_unknown_engine_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"no engine 'cuda'\. Choose one of reference, triton\."):
+        select(CPU, LAYOUT, "cuda")
