@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+import torch
+
+from kvarn_core import dispatch
 from kvarn_core.ops.decode import reference
 
 if TYPE_CHECKING:
-    import torch
-
     from kvarn_core.layout import RecordLayout
 
 
@@ -20,14 +21,18 @@ def decode(
     *,
     layout: RecordLayout,
     sm_scale: float,
+    out: torch.Tensor | None = None,
+    lse: torch.Tensor | None = None,
+    workspace: torch.Tensor | None = None,
+    engine: str | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Attend one query per request to everything the request has in the cache.
 
     Parameters
     ----------
     query : Tensor [B, Hq, D], fp16, bf16 or fp32
-        Query of the newest token after RoPE, unrotated. Hq is a multiple of Hkv; query head i
-        reads KV head ``i // (Hq / Hkv)``.
+        Query of the newest token after RoPE, unrotated; any stride between requests. Hq is a
+        multiple of Hkv; query head i reads KV head ``i // (Hq / Hkv)``.
     cache : Tensor [P, Hkv, layout.record_bytes], uint8
         Pages, the newest token's row included. Read only.
     page_table : Tensor [B, max_pages], int32
@@ -38,6 +43,14 @@ def decode(
         Byte layout of the preset.
     sm_scale : float
         Factor on scores before the softmax.
+    out : Tensor [B, Hq, D], dtype of `query`, optional
+        Receives the output; any stride between requests.
+    lse : Tensor [B, Hq], fp32, optional
+        Receives the log-sum-exp.
+    workspace : Tensor [n], uint8, optional
+        Scratch memory of a kernel, n >= `workspace_bytes`, 16-byte aligned.
+    engine : str, optional
+        Forces an engine; see `kvarn_core.dispatch`.
 
     Returns
     -------
@@ -49,7 +62,13 @@ def decode(
     Raises
     ------
     ValueError
-        If a shape disagrees with `layout` or with `cache`.
+        If a shape disagrees with `layout` or with `cache`, or `workspace` is too small.
+
+    Notes
+    -----
+    With `out`, `lse` and `workspace` given, the Triton engine allocates nothing, reads nothing
+    back to the host and can be captured in a CUDA graph. Its result depends on B in the last bits,
+    because B decides how a request is split.
 
     References
     ----------
@@ -60,7 +79,40 @@ def decode(
             f"query has shape {tuple(query.shape)}. Pass [B, Hq, {layout.head_dim}] with Hq a "
             f"multiple of the {cache.shape[1]} KV heads."
         )
-    return reference.decode(query, cache, page_table, seq_lens, layout, sm_scale)
+    chosen = dispatch.select(cache.device, layout, engine)
+    if chosen == "reference":
+        result = reference.decode(query, cache, page_table, seq_lens, layout, sm_scale)
+        given = (out, lse)
+        return tuple(r if g is None else g.copy_(r) for r, g in zip(result, given, strict=True))  # type: ignore[return-value]
+    from kvarn_core.ops.decode import triton
+
+    if workspace is not None:
+        needed = workspace_bytes(len(query), query.shape[1], cache.shape[1], layout)
+        if workspace.numel() < needed:
+            raise ValueError(f"workspace has {workspace.numel()} bytes. Pass {needed} or more.")
+    out = torch.empty_like(query) if out is None else out
+    lse = query.new_empty(query.shape[:2], dtype=torch.float32) if lse is None else lse
+    triton.decode(query, cache, page_table, seq_lens, layout, sm_scale, out, lse, workspace)
+    return out, lse
+
+
+def workspace_bytes(
+    batch: int, num_q_heads: int, num_kv_heads: int, layout: RecordLayout
+) -> int:
+    """Return the bytes of scratch memory that suffice for every batch of up to `batch` requests.
+
+    Parameters
+    ----------
+    batch : int
+        Largest number of requests in one call.
+    num_q_heads, num_kv_heads : int
+        Heads of the query and of the cache.
+    layout : RecordLayout
+        Byte layout of the preset.
+    """
+    from kvarn_core.ops.decode import triton
+
+    return triton.workspace_bytes(batch, num_q_heads, num_kv_heads, layout)
 
 
 def attend(

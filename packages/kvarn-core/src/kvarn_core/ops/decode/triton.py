@@ -1,0 +1,398 @@
+"""Decode attention in Triton: split KV, one warp per program, codes straight into tensor cores.
+
+A program owns a slice of the units of one (request, KV head, block of 8 query heads). A unit is a
+record or 32 exact rows: about the same bytes. The fragment order of a record is the register order
+of `mma.m16n8k16`, so with one warp the words that a lane loads *are* its operands: unpacking is an
+AND, because a b-bit field of an otherwise empty half word is the fp16 number code * 2^(s - 24).
+Scales are folded into the query (K) and the probabilities (V); nothing is dequantised.
+
+What limits it: 8 warps per SM by registers. Traded away: a prefetch across units, and batch
+invariance, because the number of splits follows from the batch.
+
+Bytes per unit: `layout.record_bytes`. Source: docs/explanation/algorithm.md (folded attention).
+"""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import TYPE_CHECKING
+
+import torch
+import triton
+import triton.language as tl
+
+from kvarn_core.butterfly import rotate, to_fp16
+from kvarn_core.layout import HIT_COLUMN, RING_COLUMN, SINK_COLUMN
+
+if TYPE_CHECKING:
+    from kvarn_core.layout import RecordLayout
+
+HEADS = tl.constexpr(8)  # query heads per program: the N of the mma
+EXACT_ROWS = tl.constexpr(32)  # exact rows per unit
+LOG2_E = 1.4426950408889634
+LN_2 = tl.constexpr(0.6931471805599453)
+PROGRAMS_PER_SM = 32  # aimed at; about four waves of resident warps
+MAX_SPLITS = 128
+DECODE_STAGES = 1
+
+
+@triton.jit(
+    do_not_specialize=["table_stride", "query_stride", "num_q_heads", "num_kv_heads", "splits"],
+    do_not_specialize_on_alignment=["p_table", "p_lens"],
+)
+def _decode_kernel(
+    p_query, p_cache, p_table, p_lens, p_partial, p_state,
+    scale, table_stride, query_stride, num_q_heads, num_kv_heads, splits,
+    RATIO: tl.constexpr, D: tl.constexpr, G: tl.constexpr,
+    K_BITS: tl.constexpr, V_BITS: tl.constexpr, RECORD: tl.constexpr,
+    K_SCALE: tl.constexpr, K_ZERO: tl.constexpr, K_TOKEN_SCALE: tl.constexpr,
+    V_CODES: tl.constexpr, V_CHANNEL_SCALE: tl.constexpr, V_SCALE: tl.constexpr,
+    V_ZERO: tl.constexpr, PAGE_ROWS: tl.constexpr, SINK_ROWS: tl.constexpr, HEADER: tl.constexpr,
+    HIT: tl.constexpr, SINK: tl.constexpr, RING: tl.constexpr,
+):  # type: ignore[no-untyped-def]  # fmt: skip
+    """Grid (head blocks * Hkv, splits, B): partial outputs and their (max, sum) per split."""
+    HEAD_BLOCKS: tl.constexpr = (RATIO + HEADS - 1) // HEADS
+    i_kv = tl.program_id(0) // HEAD_BLOCKS
+    i_split, i_row = tl.program_id(1), tl.program_id(2)
+    length = tl.load(p_lens + i_row)
+    p_row = p_table + i_row.to(tl.int64) * table_stride
+    packed, units = _units(length, tl.load(p_row + HIT), tl.load(p_row + SINK), G)
+    share = tl.cdiv(units, splits)
+    start = i_split * share
+    stop = tl.minimum(start + share, units)
+    if start >= stop:
+        return
+
+    # [N] query heads of this program; those beyond the GQA ratio are zero
+    o_n = (tl.program_id(0) % HEAD_BLOCKS) * HEADS + tl.arange(0, HEADS)
+    m_n = o_n < RATIO
+    o_head = i_kv * RATIO + o_n
+    o_d = tl.arange(0, D)
+    p_q = p_query + i_row.to(tl.int64) * query_stride + o_head[:, None] * D + o_d[None, :]
+    b_q = tl.load(p_q, mask=m_n[:, None], other=0.0).to(tl.float32)
+    b_q = to_fp16(rotate(b_q, HEADS, D) * scale).trans(1, 0)  # [D, N], log2 units
+
+    p_head = p_cache + i_kv.to(tl.int64) * RECORD
+    page_bytes = num_kv_heads.to(tl.int64) * RECORD
+    b_max = tl.full((HEADS,), float("-inf"), tl.float32)
+    b_sum = tl.zeros((HEADS,), tl.float32)
+    b_out = tl.zeros((D, HEADS), tl.float32)
+    sink = tl.load(p_row + SINK)
+    first = tl.where((sink != 0) & (packed > 0), SINK_ROWS, 0)  # token that records begin with
+
+    for i_tile in range(start, tl.minimum(stop, packed)):
+        p_record = p_head + tl.load(p_row + HEADER + i_tile).to(tl.int64) * page_bytes
+        p_half = p_record.to(tl.pointer_type(tl.float16))
+        p_word = p_record.to(tl.pointer_type(tl.int32))
+        # scores [G, N] = t * (codes @ (q * a) + q @ zero)
+        b_a = _load_k_order(p_half + K_SCALE // 2, D)
+        b_z = _load_k_order(p_half + K_ZERO // 2, D).to(tl.float32)
+        b_s = _codes_dot(p_word, b_q * b_a[:, None], G, D, K_BITS)
+        b_s += tl.sum(b_q.to(tl.float32) * b_z[:, None], 0)[None, :]
+        b_s *= _load_m_order(p_half + K_TOKEN_SCALE // 2, G)[:, None]
+        o_token = i_tile * G + tl.arange(0, G)
+        b_s = tl.where((o_token >= first)[:, None], b_s, float("-inf"))
+        b_p, b_alpha, b_max, b_sum = _softmax_step(b_s, b_max, b_sum)
+        # out [D, N] += c * (codes @ (p * u) + p @ zero)
+        b_u = _load_m_order(p_half + V_SCALE // 2, G)
+        b_zero = tl.sum(b_p * _load_m_order(p_half + V_ZERO // 2, G)[:, None], 0)
+        b_o = _codes_dot(
+            p_word + V_CODES // 4, (b_p * b_u[:, None]).to(tl.float16), D, G, V_BITS
+        )  # fmt: skip
+        b_c = _load_m_order(p_half + V_CHANNEL_SCALE // 2, D)
+        b_out = b_out * b_alpha[None, :] + b_c[:, None] * (b_o + b_zero[None, :])
+
+    ring_units = tl.cdiv(length - packed * G, EXACT_ROWS)
+    for i_unit in range(tl.maximum(start, packed) - packed, stop - packed):
+        o_i = tl.arange(0, EXACT_ROWS)
+        is_sink = i_unit >= ring_units
+        o_token = packed * G + i_unit * EXACT_ROWS + o_i
+        o_ring = o_token % (2 * G)
+        m_row = tl.where(is_sink, o_i < SINK_ROWS, o_token < length)
+        o_column = tl.where(is_sink, SINK, RING + o_ring // PAGE_ROWS)
+        o_page_row = tl.where(is_sink, o_i, o_ring % PAGE_ROWS)
+        b_page = tl.load(p_row + o_column, mask=m_row, other=0).to(tl.int64)
+        p_rows = (p_head + b_page * page_bytes + o_page_row * (4 * D)).to(
+            tl.pointer_type(tl.float16)
+        )
+        b_k = _load_exact(p_rows, o_page_row, m_row, D)
+        b_v = _load_exact(p_rows + D, o_page_row, m_row, D)
+        b_s = tl.where(m_row[:, None], tl.dot(b_k, b_q), float("-inf"))
+        b_p, b_alpha, b_max, b_sum = _softmax_step(b_s, b_max, b_sum)
+        b_out = b_out * b_alpha[None, :] + tl.dot(b_v.trans(1, 0), b_p.to(tl.float16))
+
+    # partial [B, Hq, splits, D], state [B, Hq, splits, 2]
+    o_slot = (i_row.to(tl.int64) * num_q_heads + o_head) * splits + i_split
+    tl.store(p_partial + o_slot[None, :] * D + o_d[:, None], b_out, mask=m_n[None, :])
+    tl.store(p_state + o_slot * 2, b_max, mask=m_n)
+    tl.store(p_state + o_slot * 2 + 1, b_sum, mask=m_n)
+
+
+@triton.jit(
+    do_not_specialize=["table_stride", "out_stride", "num_q_heads", "splits"],
+    do_not_specialize_on_alignment=["p_table", "p_lens", "p_lse"],
+)
+def _combine_kernel(
+    p_partial, p_state, p_table, p_lens, p_out, p_lse,
+    table_stride, out_stride, num_q_heads, splits,
+    D: tl.constexpr, G: tl.constexpr, HIT: tl.constexpr, SINK: tl.constexpr, BLOCK: tl.constexpr,
+):  # type: ignore[no-untyped-def]  # fmt: skip
+    """Grid (Hq, B): merge the splits of one query head, rotate back."""
+    i_head, i_row = tl.program_id(0), tl.program_id(1)
+    o_d = tl.arange(0, D)
+    p_o = p_out + i_row.to(tl.int64) * out_stride + i_head * D + o_d
+    p_l = p_lse + i_row.to(tl.int64) * num_q_heads + i_head
+    length = tl.load(p_lens + i_row)
+    if length == 0:
+        tl.store(p_o, tl.zeros((D,), tl.float32).to(p_out.dtype.element_ty))
+        tl.store(p_l, float("-inf"))
+        return
+    p_row = p_table + i_row.to(tl.int64) * table_stride
+    _, units = _units(length, tl.load(p_row + HIT), tl.load(p_row + SINK), G)
+    used = tl.cdiv(units, tl.cdiv(units, splits))
+
+    slot = (i_row.to(tl.int64) * num_q_heads + i_head) * splits
+    top = float("-inf")
+    total = 0.0
+    b_out = tl.zeros((D,), tl.float32)
+    for i_block in range(0, tl.cdiv(used, BLOCK)):
+        o_s = i_block * BLOCK + tl.arange(0, BLOCK)
+        m_s = o_s < used
+        b_max = tl.load(p_state + (slot + o_s) * 2, mask=m_s, other=float("-inf"))
+        b_sum = tl.load(p_state + (slot + o_s) * 2 + 1, mask=m_s, other=0.0)
+        p_o_s = p_partial + (slot + o_s)[:, None] * D + o_d[None, :]
+        b_o = tl.load(p_o_s, mask=m_s[:, None], other=0.0)
+        new_top = tl.maximum(top, tl.max(b_max, 0))
+        old = tl.exp2(top - new_top)
+        b_weight = tl.exp2(b_max - new_top)
+        total = total * old + tl.sum(b_sum * b_weight, 0)
+        b_out = b_out * old + tl.sum(b_o * b_weight[:, None], 0)
+        top = new_top
+    b_out = rotate((b_out / total).reshape(1, D), 1, D).reshape(D)
+    if p_out.dtype.element_ty == tl.float16:
+        tl.store(p_o, to_fp16(b_out))
+    else:
+        tl.store(p_o, b_out.to(p_out.dtype.element_ty))
+    tl.store(p_l, LN_2 * (top + tl.log2(total)))
+
+
+@triton.jit
+def _units(length, hits, sink, G: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Tiles read as records (`RecordLayout.packed_tiles`) and units of a request."""
+    packed = tl.maximum(tl.maximum((length - 1) // G - 1, hits), 0)
+    ring = tl.cdiv(length - packed * G, EXACT_ROWS)
+    with_sink = ((sink != 0) & (packed > 0)).to(tl.int32)
+    return packed, tl.where(length > 0, packed + ring + with_sink, 0)
+
+
+@triton.jit
+def _softmax_step(b_s, b_max, b_sum):  # type: ignore[no-untyped-def]
+    """Online softmax over rows of scores [rows, N] in log2 units."""
+    b_new = tl.maximum(b_max, tl.max(b_s, 0))
+    b_alpha = tl.exp2(b_max - b_new)
+    b_p = tl.exp2(b_s - b_new[None, :])
+    return b_p, b_alpha, b_new, b_sum * b_alpha + tl.sum(b_p, 0)
+
+
+@triton.jit
+def _load_exact(p_rows, o_page_row, m_row, D: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Half of exact rows [rows, D], fp16; the pieces of 16 bytes are permuted (`exact_piece`)."""
+    o_piece = tl.arange(0, D // 8)[None, :] ^ (o_page_row & 7)[:, None]
+    p = p_rows[:, None, None] + o_piece[:, :, None] * 8 + tl.arange(0, 8)[None, None, :]
+    return tl.load(p, mask=m_row[:, None, None], other=0.0).reshape(EXACT_ROWS, D)
+
+
+@triton.jit
+def _load_k_order(p, LENGTH: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Vector stored in `k_order`, in natural order, fp16."""
+    b = tl.load(p + tl.arange(0, LENGTH)).reshape(LENGTH // 32, 4, 2, 2, 2)
+    return b.trans(0, 2, 3, 1, 4).reshape(LENGTH)
+
+
+@triton.jit
+def _load_m_order(p, LENGTH: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Vector stored in `m_order`, in natural order, fp32."""
+    b = tl.load(p + tl.arange(0, LENGTH)).reshape(LENGTH // 64, 8, 4, 2)
+    return b.trans(0, 2, 3, 1).reshape(LENGTH).to(tl.float32)
+
+
+@triton.jit
+def _codes_dot(p_words, b_x, M: tl.constexpr, K: tl.constexpr, BITS: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Multiply codes [M, K], packed in fragment order (`code_index`), with x [K, N] fp16.
+
+    Field f of every half word belongs to row block m // 16 = f mod FM (and to column block
+    f // FM mod FK), so each field is one matrix product, and the products are interleaved.
+    """
+    FIELDS: tl.constexpr = 16 // BITS
+    FM: tl.constexpr = M // 16 if M // 16 < FIELDS else FIELDS
+    FK: tl.constexpr = FIELDS // FM
+    COLS: tl.constexpr = K // 16 // FK  # chunks along k
+    PARTS: tl.constexpr = M // 16 // FM  # chunks along m, one at a time: bounds the registers
+    if FK == 2:  # even and odd column blocks of x
+        b_x0, b_x1 = tl.split(b_x.reshape(COLS, 2, 16, HEADS).trans(0, 2, 3, 1))
+        b_x0, b_x1 = b_x0.reshape(COLS * 16, HEADS), b_x1.reshape(COLS * 16, HEADS)
+    else:
+        b_x0, b_x1 = b_x, b_x
+    b_y0 = _part_dot(p_words, b_x0, b_x1, COLS, BITS, FM, FK)
+    if PARTS == 1:
+        b_y = b_y0
+    else:
+        b_y1 = _part_dot(p_words + COLS * 128, b_x0, b_x1, COLS, BITS, FM, FK)
+        if PARTS == 2:
+            b_y = tl.join(b_y0, b_y1).trans(2, 0, 1)
+        else:
+            b_y2 = _part_dot(p_words + COLS * 256, b_x0, b_x1, COLS, BITS, FM, FK)
+            b_y3 = _part_dot(p_words + COLS * 384, b_x0, b_x1, COLS, BITS, FM, FK)
+            b_y = _join4(b_y0, b_y1, b_y2, b_y3).trans(2, 0, 1)
+    return b_y.reshape(M, HEADS)
+
+
+@triton.jit
+def _part_dot(
+    p_words, b_x0, b_x1,
+    COLS: tl.constexpr, BITS: tl.constexpr, FM: tl.constexpr, FK: tl.constexpr,
+):  # type: ignore[no-untyped-def]  # fmt: skip
+    """Product of one row of chunks: [FM * 16, N] fp32."""
+    o_word = tl.arange(0, COLS)[:, None, None] * 128 + tl.arange(0, 32)[None, :, None] * 4
+    b_w = tl.load(p_words + o_word + tl.arange(0, 4)[None, None, :])
+    # [chunk, grp, tid, r1, r0] -> [r0, grp][chunk, r1, tid]: rows and column pairs of a fragment
+    b_w = b_w.reshape(COLS, 8, 4, 2, 2).trans(4, 1, 0, 3, 2).reshape(16, COLS * 8)
+    b_y0 = _field_dot(b_w, b_x0, b_x1, 0, COLS, BITS, FM, FK)
+    b_y1 = _field_dot(b_w, b_x0, b_x1, 1, COLS, BITS, FM, FK)
+    b_y2 = _field_dot(b_w, b_x0, b_x1, 2, COLS, BITS, FM, FK)
+    b_y3 = _field_dot(b_w, b_x0, b_x1, 3, COLS, BITS, FM, FK)
+    if FM == 4:
+        b_y = _join4(b_y0, b_y1, b_y2, b_y3)
+    else:
+        b_y4 = _field_dot(b_w, b_x0, b_x1, 4, COLS, BITS, FM, FK)
+        b_y5 = _field_dot(b_w, b_x0, b_x1, 5, COLS, BITS, FM, FK)
+        b_y6 = _field_dot(b_w, b_x0, b_x1, 6, COLS, BITS, FM, FK)
+        b_y7 = _field_dot(b_w, b_x0, b_x1, 7, COLS, BITS, FM, FK)
+        b_y = tl.join(_join4(b_y0, b_y2, b_y4, b_y6), _join4(b_y1, b_y3, b_y5, b_y7))
+        b_y = b_y.reshape(16, HEADS, 8)
+    return b_y.trans(2, 0, 1).reshape(FM * 16, HEADS)
+
+
+@triton.jit
+def _field_dot(
+    b_w, b_x0, b_x1, ROW_BLOCK: tl.constexpr,
+    COLS: tl.constexpr, BITS: tl.constexpr, FM: tl.constexpr, FK: tl.constexpr,
+):  # type: ignore[no-untyped-def]  # fmt: skip
+    """Product of the fields of one row block with x: [16, N] fp32."""
+    unit: tl.constexpr = 16777216.0 / (1 << (BITS * (ROW_BLOCK % (8 // BITS))))
+    b_y = tl.dot(_field(b_w, ROW_BLOCK, COLS, BITS), b_x0)
+    if FK == 2:
+        b_y = tl.dot(_field(b_w, ROW_BLOCK + FM, COLS, BITS), b_x1, b_y)
+    return b_y * unit
+
+
+@triton.jit
+def _field(b_w, FIELD: tl.constexpr, COLS: tl.constexpr, BITS: tl.constexpr):  # type: ignore[no-untyped-def]
+    """One field of all half words as fp16 [16, COLS * 16], in units of 2^(shift - 24)."""
+    HALF: tl.constexpr = 8 // BITS
+    MASK: tl.constexpr = ((1 << BITS) - 1) << (BITS * (FIELD % HALF))
+    if FIELD >= HALF:
+        b_w = b_w >> 8
+    b_low = (b_w & MASK).to(tl.int16).to(tl.float16, bitcast=True)
+    b_high = ((b_w >> 16) & MASK).to(tl.int16).to(tl.float16, bitcast=True)
+    return tl.join(b_low, b_high).reshape(16, COLS * 16)
+
+
+@triton.jit
+def _join4(a, b, c, d):  # type: ignore[no-untyped-def]
+    """Stack four blocks along a new last dimension [..., 4]."""
+    joined = tl.join(tl.join(a, c), tl.join(b, d))
+    return joined.reshape(a.shape[0], a.shape[1], 4)
+
+
+# --- launch ------------------------------------------------------------------------------------
+
+
+@cache
+def workspace_bytes(batch: int, num_q_heads: int, num_kv_heads: int, layout: RecordLayout) -> int:
+    """See `kvarn_core.ops.decode.workspace_bytes`."""
+    sizes = range(1, batch + 1)
+    slots = max((n * _splits(n, num_q_heads, num_kv_heads) for n in sizes), default=0)
+    return slots * num_q_heads * (layout.head_dim + 2) * 4
+
+
+def decode(
+    query: torch.Tensor,
+    cache: torch.Tensor,
+    page_table: torch.Tensor,
+    seq_lens: torch.Tensor,
+    layout: RecordLayout,
+    sm_scale: float,
+    out: torch.Tensor,
+    lse: torch.Tensor,
+    workspace: torch.Tensor | None,
+) -> None:
+    """See `kvarn_core.ops.decode.decode`; fills `out` and `lse`."""
+    batch, num_q_heads, dim = query.shape
+    if not batch:
+        return
+    num_kv_heads = cache.shape[1]
+    ratio = num_q_heads // num_kv_heads
+    splits = _splits(batch, num_q_heads, num_kv_heads)
+    slots = batch * num_q_heads * splits
+    if workspace is None:
+        nbytes = slots * (dim + 2) * 4
+        workspace = torch.empty(nbytes, dtype=torch.uint8, device=query.device)
+    partial = workspace[: slots * dim * 4].view(torch.float32)
+    state = workspace[slots * dim * 4 : slots * (dim + 2) * 4].view(torch.float32)
+    _decode_kernel[(num_kv_heads * -(-ratio // HEADS.value), splits, batch)](
+        query, cache, page_table, seq_lens, partial, state,
+        sm_scale * LOG2_E, page_table.stride(0), query.stride(0), num_q_heads, num_kv_heads,
+        splits, RATIO=ratio, **_decode_constants(layout), num_warps=1, num_stages=DECODE_STAGES,
+    )  # fmt: skip
+    _combine_kernel[(num_q_heads, batch)](
+        partial, state, page_table, seq_lens, out, lse,
+        page_table.stride(0), out.stride(0), num_q_heads, splits,
+        **_combine_constants(layout), num_warps=1,
+    )  # fmt: skip
+
+
+def _splits(batch: int, num_q_heads: int, num_kv_heads: int) -> int:
+    """Splits of each request: enough programs for some waves, whatever the lengths."""
+    head_blocks = num_kv_heads * -(-(num_q_heads // num_kv_heads) // HEADS.value)
+    wanted = -(-PROGRAMS_PER_SM * _processors() // (batch * head_blocks))
+    return min(max(wanted, 1), MAX_SPLITS)
+
+
+@cache
+def _processors() -> int:
+    """Streaming multiprocessors of the current GPU; 1 in Triton's interpreter."""
+    if not torch.cuda.is_available():
+        return 1
+    return torch.cuda.get_device_properties(torch.cuda.current_device()).multi_processor_count
+
+
+@cache
+def _decode_constants(layout: RecordLayout) -> dict[str, int]:
+    fields = layout.fields
+    return {
+        "D": layout.head_dim,
+        "G": layout.group,
+        "K_BITS": layout.preset.key_bits,
+        "V_BITS": layout.preset.value_bits,
+        "RECORD": layout.record_bytes,
+        "K_SCALE": fields["k_scale"].offset,
+        "K_ZERO": fields["k_zero"].offset,
+        "K_TOKEN_SCALE": fields["k_token_scale"].offset,
+        "V_CODES": fields["v_codes"].offset,
+        "V_CHANNEL_SCALE": fields["v_channel_scale"].offset,
+        "V_SCALE": fields["v_scale"].offset,
+        "V_ZERO": fields["v_zero"].offset,
+        "PAGE_ROWS": layout.rows_per_page,
+        "SINK_ROWS": layout.sink_rows,
+        "HEADER": layout.header_columns,
+        "HIT": HIT_COLUMN,
+        "SINK": SINK_COLUMN,
+        "RING": RING_COLUMN,
+    }
+
+
+@cache
+def _combine_constants(layout: RecordLayout) -> dict[str, int]:
+    names = ("D", "G", "HIT", "SINK")
+    return {name: _decode_constants(layout)[name] for name in names} | {"BLOCK": 8}
