@@ -74,7 +74,17 @@ def test_fidelity_writes_its_result(
     monkeypatch.setattr(fidelity_gates, "ARMS", {name: ARMS[name] for name in NAMES})
     tiny_model.save(tmp_path / "model")
     out = tmp_path / "out"
-    size = ("--sequences", "2", "--length", "700", "--profile", "plain", "--json")
+    size = (
+        "--sequences",
+        "2",
+        "--problems",
+        "0",
+        "--length",
+        "700",
+        "--profile",
+        "plain",
+        "--json",
+    )
     status, text, _ = run("fidelity", "--model", str(tmp_path / "model"), "--out", str(out), *size)
     assert status in {0, 1, 3}
     data = json.loads(text)

@@ -20,6 +20,7 @@ from kvarn_eval.fidelity import (
     Text,
     compare,
     make_texts,
+    program_texts,
     pseudo_decode,
     texts_sha256,
     weights_sha256,
@@ -115,10 +116,19 @@ def test_texts_are_deterministic_and_of_the_length_asked_for() -> None:
     texts = make_texts(4, 1024)
     assert make_texts(4, 1024) == texts
     assert len({text.ids for text in texts}) == 4
-    assert {text.family for text in texts} == {"recall", "arith"}
+    assert {text.source for text in texts} == {"recall", "arith"}
     assert all(1000 <= len(text.ids) <= 1024 for text in texts)
     assert texts_sha256(texts) != texts_sha256(make_texts(4, 1025))
     assert texts_sha256(texts) == texts_sha256(make_texts(4, 1024))
+
+
+def test_program_texts_have_no_answer() -> None:
+    texts = program_texts(2, 600)
+    assert [len(text.ids) for text in texts] == [600, 600]
+    logits = torch.zeros(600, 200, dtype=torch.float64).log_softmax(-1)
+    distance = compare(logits, logits, texts[0])
+    assert len(distance.kld) == 599
+    assert len(distance.answer(distance.kld, 256)) == 0
 
 
 def test_the_weights_are_identified_by_their_hash(tmp_path: Path) -> None:

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from kvarn_core import RecordLayout
     from kvarn_eval.small_model.model import SmallModel
 
-SETTINGS = Settings(sequences=4, length=700, profiles=("plain",))
+SETTINGS = Settings(sequences=4, problems=0, length=700, profiles=("plain",))
 NAMES = ("fp16", "rotated fp16", "kvarn", "paper", "paper as served")
 
 
@@ -42,12 +42,14 @@ def clean(tiny_model: SmallModel, tmp_path_factory: pytest.TempPathFactory) -> R
     return run_on(tiny_model, tmp_path_factory.mktemp("clean"))
 
 
-def run_on(model: SmallModel, folder: Path, baseline: Run | None = None) -> Run:
+def run_on(
+    model: SmallModel, folder: Path, baseline: Run | None = None, settings: Settings = SETTINGS
+) -> Run:
     """A whole run with the three arms that the gates need."""
     model.save(folder)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(fidelity_gates, "ARMS", {name: ARMS[name] for name in NAMES})
-        return run_fidelity(folder, SETTINGS, lambda what, done, steps: None, baseline)
+        return run_fidelity(folder, settings, lambda what, done, steps: None, baseline)
 
 
 def field(records: torch.Tensor, layout: RecordLayout, name: str) -> torch.Tensor:
@@ -87,6 +89,26 @@ def test_the_product_passes(clean: Run) -> None:
     assert by_name["plain.over_paper"].verdict is Verdict.PASS
     assert by_name["plain.early"].verdict is Verdict.PASS
     assert [gate.verdict for gate in regression_gates(clean, clean)] == [Verdict.PASS]
+
+
+def test_problems_are_reported_and_program_text_decides(
+    tiny_model: SmallModel, tmp_path: Path
+) -> None:
+    settings = Settings(sequences=2, problems=2, length=600, profiles=("plain",))
+    run = run_on(tiny_model, tmp_path, settings=settings)
+    required = {gate.name: gate.required for gate in run.gates}
+    assert required == {
+        "plain.over_served": True,
+        "plain.over_paper": True,
+        "plain.early": True,
+        "plain-problems.over_served": False,
+        "plain-problems.over_paper": False,
+        "plain-problems.early": True,
+    }
+    names = {measurement.name for measurement in run.measurements}
+    assert "plain-problems.answer_kld" in names
+    assert "plain.answer_kld" not in names
+    assert run.value("kvarn", "plain.kld_mean") != run.value("kvarn", "plain-problems.kld_mean")
 
 
 @pytest.mark.parametrize("name", FAULTS)

@@ -5,19 +5,21 @@ from __future__ import annotations
 import dataclasses
 import json
 import re
+import sysconfig
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 
-from kvarn_eval.small_model import tokenizer
+from kvarn_eval.small_model import corpus, tokenizer
 from kvarn_eval.small_model.evaluate import exact_match
 from kvarn_eval.small_model.model import GrowingCache, ModelConfig, SmallModel, generate
 from kvarn_eval.small_model.muon import Muon, orthogonalise
 from kvarn_eval.small_model.tasks import (
     FAMILIES,
-    IGNORE,
+    PROMPT_WEIGHT,
     Family,
     Item,
     grade,
@@ -25,8 +27,9 @@ from kvarn_eval.small_model.tasks import (
     make_item,
     training_batch,
 )
-from kvarn_eval.small_model.train import Phase, Plan, train
+from kvarn_eval.small_model.train import Phase, Plan, batch, train
 
+ODDITIES = "[1][65]<recall>é? if x[64] <= <module> and s == '\\\\n':\n\tpass"
 PUBLISHED = Path(__file__).parents[1] / "models" / "small"
 TINY = ModelConfig(
     hidden_size=64,
@@ -36,6 +39,7 @@ TINY = ModelConfig(
     num_key_value_heads=2,
     head_dim=32,
 )
+TEXT = np.array(tokenizer.encode("for i in range(10):\n    print(i)\n" * 40), dtype=np.uint8)
 
 
 def solve(item: Item) -> str:
@@ -97,7 +101,7 @@ def test_held_out_tables_are_odd_and_training_tables_even(family: Family) -> Non
 
     assert all(rows(i.prompt) % 2 == 1 for i in held_out(family, 9, min_tokens=400, max_tokens=900))
     for step in range(5):
-        ids, _ = training_batch(np.random.default_rng(step), 4, 512)
+        ids, _, _ = training_batch(np.random.default_rng(step), 4, 512)
         assert all(rows(tokenizer.decode(row)) % 2 == 0 for row in ids)
 
 
@@ -135,17 +139,74 @@ def test_impossible_items_are_refused(settings: dict[str, float], message: str) 
         make_item("recall", 0, **settings)  # type: ignore[arg-type]
 
 
-def test_training_targets_are_the_answers_and_nothing_else() -> None:
-    ids, targets = training_batch(np.random.default_rng(0), 8, 1024)
-    for row, target in zip(ids, targets, strict=True):
-        where = np.flatnonzero(target != IGNORE)
+def test_training_asks_for_answers_and_lightly_for_prompts() -> None:
+    ids, targets, weights = training_batch(np.random.default_rng(0), 8, 1024)
+    assert np.array_equal(ids[:, 1:], targets[:, :-1])
+    for row, target, weight in zip(ids, targets, weights, strict=True):
+        where = np.flatnonzero(weight == 1)
         assert (np.diff(where) == 1).all()
+        assert (weight[: where[0]] == np.float32(PROMPT_WEIGHT)).all()
+        assert (weight[where[-1] + 1 :] == 0).all()
         prompt = tokenizer.decode(row[: where[0] + 1])
         assert prompt.endswith("=")
         assert target[where[-1]] == tokenizer.EOS
         answer = tokenizer.decode(target[where[:-1]])
         family: Family = "recall" if "<recall>" in prompt else "arith"
         assert solve(Item(family, 0, prompt, answer, 0, 0)) == answer
+
+
+def test_a_batch_is_two_thirds_tasks_and_one_third_text() -> None:
+    text = (np.arange(2000) % 100).astype(np.uint8)
+    ids, targets, weights = batch(np.random.default_rng(0), text, 12, 512)
+    assert ids.shape == targets.shape == weights.shape == (12, 512)
+    names = {tokenizer.IDS["<recall>"], tokenizer.IDS["<arith>"]}
+    assert set(ids[:8, 0].tolist()) == names
+    assert ((ids[8:, 1:] - ids[8:, :-1]) % 100 == 1).all()
+    assert ((targets[8:] - ids[8:]) % 100 == 1).all()
+    assert np.unique(weights[8:]).tolist() == [np.float32(corpus.WEIGHT)]
+
+
+# --- program text
+
+
+def test_no_training_text_is_held_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    standard, torch_root = tmp_path / "stdlib", tmp_path / "torch"
+    modules = [f"module{n}" for n in range(60)]
+    for folder in (standard / "test", standard / "site-packages", torch_root):
+        folder.mkdir(parents=True)
+        (folder / "__init__.py").write_text(f"# {folder.name}\n")
+    for name in modules:
+        (standard / f"{name}.py").write_text(f"{name}\n" * 100)
+    (standard / "accents.py").write_text("é\n" * 100, encoding="utf-8")
+    monkeypatch.setattr(sysconfig, "get_path", lambda name: str(standard))
+    spec = SimpleNamespace(origin=str(torch_root / "__init__.py"))
+    monkeypatch.setattr(corpus, "find_spec", lambda name: spec)
+    training = tokenizer.decode(corpus.training_ids().tolist())
+    held_out = corpus.held_out_texts(4, 300)
+    assert [len(ids) for ids in held_out.values()] == [300] * 4
+    for name in modules:
+        assert (f"{name}\n" in training) is not corpus.is_held_out(name)
+        assert corpus.is_held_out(name) or f"{name}.py" not in held_out
+    assert "# torch\n" in training
+    assert "# test\n" not in training
+    assert "# site-packages\n" not in training
+    assert "\n\n" not in training  # nothing of what cannot be expressed
+    with pytest.raises(ValueError, match=r"held-out modules of Python have 5000 tokens\. Ask for"):
+        corpus.held_out_texts(1, 5000)
+
+
+def test_missing_sources_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sysconfig, "get_path", lambda name: str(tmp_path))
+    with pytest.raises(RuntimeError, match="The sources of Python or torch are missing"):
+        corpus.training_ids()
+
+
+def test_this_python_has_program_text_to_read() -> None:
+    texts = corpus.held_out_texts(12, 4096)
+    assert {len(ids) for ids in texts.values()} == {4096}
+    assert len({name.split("/")[0].removesuffix(".py") for name in texts}) == 12
+    assert any("def " in tokenizer.decode(ids) for ids in texts.values())
+    assert list(corpus.held_out_texts(2, 4096)) == list(texts)[:2]
 
 
 # --- tokenizer
@@ -156,6 +217,8 @@ def test_text_and_ids_determine_each_other(family: Family) -> None:
     item = make_item(family, 3)
     assert tokenizer.decode(tokenizer.encode(item.prompt)) == item.prompt
     assert tokenizer.encode("a[1]é") == [tokenizer.IDS["a"], tokenizer.IDS["[1]"], tokenizer.UNK]
+    program = "".join(map(chr, range(32, 127))) + "\t\nx[10] = y[65] + [0]<module><recall>"
+    assert tokenizer.decode(tokenizer.encode(program)) == program
 
 
 def test_the_written_tokenizer_agrees(tmp_path: Path) -> None:
@@ -163,7 +226,7 @@ def test_the_written_tokenizer_agrees(tmp_path: Path) -> None:
     tokenizer.save_tokenizer(tmp_path, max_length=8192)
     written = tokenizers.Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
     assert written.get_vocab() == tokenizer.IDS
-    for text in (make_item("recall", 0).prompt, make_item("arith", 0).answer, "[1][65]<recall>é?"):
+    for text in (make_item("recall", 0).prompt, make_item("arith", 0).answer, ODDITIES):
         ids = tokenizer.encode(text)
         assert written.encode(text).ids == ids
         assert written.decode(ids) == tokenizer.decode(ids)
@@ -256,40 +319,50 @@ def test_another_architecture_is_refused(tiny: SmallModel, tmp_path: Path) -> No
 def test_a_short_run_learns_and_repeats(tmp_path: Path) -> None:
     plan = Plan(
         phases=(Phase(12, (256,), (1.0,)),),
-        batch_tokens=1024,
+        batch_tokens=6 * 256,
         warmup=2,
         log_every=4,
         compile=False,
         test_items=2,
         test_lengths=(400,),
         test_rewrites=(0.5,),
+        test_texts=1,
+        test_text_tokens=300,
     )
     runs = [
-        train(tmp_path / name, seed=1, minutes=5, plan=plan, config=TINY, device="cpu")
+        train(tmp_path / name, seed=1, minutes=5, plan=plan, config=TINY, device="cpu", text=TEXT)
         for name in "ab"
     ]
     losses = [[point["loss"] for point in run["curve"]] for run in runs]
     assert losses[0] == losses[1]
     assert losses[0][-1] < losses[0][0] - 0.3
+    assert runs[0]["curve"][-1]["text_loss"] < runs[0]["curve"][0]["text_loss"] - 0.3
     first, second = ((tmp_path / name / "model.safetensors").read_bytes() for name in "ab")
     assert first == second
     log = json.loads((tmp_path / "a" / "training.json").read_text())
     assert log["steps"] == 12
-    assert log["tokens"] == 12 * 1024
+    assert log["tokens"] == 12 * 6 * 256
+    assert len(log["held_out_text"]["texts"]) == 1
     assert {row["family"] for row in log["accuracy"]} == set(FAMILIES)
 
 
-def test_a_plan_that_does_not_fit_stops_with_a_sentence(tmp_path: Path) -> None:
+def test_a_run_out_of_time_ends_early_and_says_so(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     plan = Plan(
         phases=(Phase(4, (256,), (1.0,)),),
-        batch_tokens=1024,
+        batch_tokens=6 * 256,
         log_every=2,
         compile=False,
         test_items=1,
+        test_lengths=(400,),
+        test_rewrites=(0.5,),
+        test_texts=1,
+        test_text_tokens=300,
     )
-    message = "Training reached step 2 of 4 in 0.0 minutes. Allow more minutes or use a faster GPU."
-    with pytest.raises(RuntimeError, match=re.escape(message)):
-        train(tmp_path, minutes=0.0, plan=plan, config=TINY, device="cpu")
+    log = train(tmp_path, minutes=0.0, plan=plan, config=TINY, device="cpu", text=TEXT)
+    assert (log["steps"], log["planned_steps"], len(log["curve"])) == (2, 4, 1)
+    assert "Ended at step 2 of 4 by the time limit." in caplog.text
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="a CUDA GPU is present")
@@ -345,7 +418,7 @@ def test_the_published_model_keeps_its_promises(published: SmallModel) -> None:
     assert weights.stat().st_size <= 30e6
     assert not {p.suffix for p in PUBLISHED.iterdir()} - {".json", ".safetensors", ".md"}
     log = json.loads((PUBLISHED / "training.json").read_text(encoding="utf-8"))
-    assert log["steps"] == Plan().steps
+    assert log["steps"] >= 0.95 * Plan().steps
     assert log["seconds"] <= 12 * 60
     for family in FAMILIES:
         cells = [row for row in log["accuracy"] if row["family"] == family]

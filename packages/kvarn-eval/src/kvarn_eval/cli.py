@@ -124,7 +124,8 @@ def fidelity(
     model: ModelOption = SMALL_MODEL,
     out: Annotated[Path, typer.Option(help="Folder for results.")] = Path("fidelity-results"),
     preset: Annotated[str, typer.Option(help="KVarN preset.")] = "kvarn_k4v2_g128",
-    sequences: Annotated[int, typer.Option(min=2, help="Texts.")] = 6,
+    sequences: Annotated[int, typer.Option(min=2, help="Program texts.")] = 8,
+    problems: Annotated[int, typer.Option(min=0, help="Problems with answers.")] = 4,
     length: Annotated[int, typer.Option(min=512, max=8192, help="Tokens per text.")] = 2048,
     profile: Annotated[
         list[str] | None, typer.Option(help="Outlier profile: plain, large, tiny; repeatable.")
@@ -132,20 +133,25 @@ def fidelity(
     baseline: Annotated[
         Path | None, typer.Option(help="Earlier result.json, to find regressions.", exists=True)
     ] = None,
+    device: Annotated[str, typer.Option(help="Where the model runs: cpu, cuda.")] = "cpu",
     as_json: JsonOption = False,
 ) -> None:
     """Measure how far each way to store the cache moves the model's predictions."""
+    import torch
+
     from kvarn_core import PRESETS
     from kvarn_eval.fidelity_gates import PROFILES, Settings, run_fidelity
 
     _check_model(model)
+    if device.startswith("cuda") and not torch.cuda.is_available():
+        _fail_usage("torch sees no CUDA GPU. Use --device cpu.")
     if preset not in PRESETS:
         _fail_usage(f"{preset} is not a preset. Choose one of {', '.join(PRESETS)}.")
     profiles = tuple(profile or PROFILES)
     if unknown := set(profiles) - set(PROFILES):
         _fail_usage(f"Unknown profile {unknown.pop()}. Choose of {', '.join(PROFILES)}.")
     out.mkdir(parents=True, exist_ok=True)
-    settings = Settings(sequences, length, profiles, PRESETS[preset])
+    settings = Settings(sequences, problems, length, profiles, PRESETS[preset], device)
     earlier = Run.load(baseline) if baseline else None
     try:
         with _progress() as progress:
@@ -197,9 +203,11 @@ def train(
 ) -> None:
     """Train the small model from scratch; needs one CUDA GPU."""
     import json
+    import logging
 
     from kvarn_eval.small_model.train import train as train_small_model
 
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
     try:
         log = train_small_model(out, seed=seed, minutes=minutes)
     except RuntimeError as error:

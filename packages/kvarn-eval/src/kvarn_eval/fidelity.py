@@ -5,10 +5,11 @@ query in tile i sees older tiles as the policy under test stores them, so errors
 layer to layer and from token to token. The reference is the same model over an fp16 cache. Quality
 is the Kullback-Leibler divergence of the next-token distribution over the full vocabulary, in nats.
 
-Texts are held-out problems of the small model with their right answers. Every position from 2 G on
-counts: in a prompt the model is uncertain and small errors show, in an answer it is nearly certain
-and only errors that would change the text do. Answers are also reported on their own. What is
-traded away: decode kernels, which a running server exercises (`demo`).
+Texts are program text that training never saw, and held-out problems with their right answers. In
+program text the model is uncertain in every degree and every position from 2 G on counts. A problem
+is random symbols, then an answer that is nearly certain, where only errors that would change the
+text show; answers are also reported on their own. What is traded away: decode kernels, which a
+running server exercises (`demo`).
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ import torch
 
 from kvarn_core import PRESETS, Preset, RecordLayout
 from kvarn_eval.baselines import METHODS
-from kvarn_eval.small_model import outliers, tasks, tokenizer
+from kvarn_eval.small_model import corpus, outliers, tasks, tokenizer
 from kvarn_eval.small_model.model import SmallModel, causal_attention
 
 if TYPE_CHECKING:
@@ -129,11 +130,34 @@ class PolicyCache:
 
 @dataclass(frozen=True)
 class Text:
-    """Token ids of one text: a prompt of `prompt` tokens and its answer."""
+    """Token ids of one text: a prompt of `prompt` tokens and its answer, if it has one."""
 
-    family: str
+    source: str
     ids: tuple[int, ...]
     prompt: int
+
+
+def program_texts(count: int, length: int) -> list[Text]:
+    """Program text that training never saw: beginnings of files of as many modules.
+
+    Parameters
+    ----------
+    count : int
+        Number of texts.
+    length : int
+        Tokens per text.
+
+    Returns
+    -------
+    list of Text
+
+    Raises
+    ------
+    ValueError
+        If there are not so many (see `corpus.held_out_texts`).
+    """
+    found = corpus.held_out_texts(count, length)
+    return [Text(name, tuple(ids), len(ids)) for name, ids in found.items()]
 
 
 def make_texts(count: int, length: int, *, first_seed: int = 50_000) -> list[Text]:
@@ -165,9 +189,9 @@ def make_texts(count: int, length: int, *, first_seed: int = 50_000) -> list[Tex
     return texts
 
 
-def load_model(folder: Path, profile: str) -> SmallModel:
+def load_model(folder: Path, profile: str, device: str = "cpu") -> SmallModel:
     """Read the small model in fp32, with the outliers of a profile (``plain`` has none)."""
-    model = SmallModel.load(folder)
+    model = SmallModel.load(folder, device=device)
     if profile != "plain":
         model.load_state_dict(outliers.stress(model.state_dict(), model.config, profile))
     return model
@@ -202,9 +226,10 @@ def pseudo_decode(
 
     Returns
     -------
-    Tensor [T, V], fp64
+    Tensor [T, V], fp64, on the model's device
     """
-    logits: Tensor = model(torch.tensor(ids), PolicyCache(policy, preset))
+    device = model.model.embed_tokens.weight.device
+    logits: Tensor = model(torch.tensor(ids, device=device), PolicyCache(policy, preset))
     return logits.double().log_softmax(-1)
 
 
@@ -228,11 +253,11 @@ def compare(reference: Tensor, test: Tensor, text: Text) -> Distance:
     Position t predicts token t + 1; the last position predicts nothing and is left out.
     """
     p, q = reference[:-1], test[:-1]
-    following = torch.tensor(text.ids[1:])[:, None]
+    following = torch.tensor(text.ids[1:], device=p.device)[:, None]
     return Distance(
-        kld=(p.exp() * (p - q)).sum(-1).clamp(min=0).numpy(),
-        top1=(p.argmax(-1) == q.argmax(-1)).double().numpy(),
-        dlogp=(p - q).gather(1, following)[:, 0].abs().numpy(),
+        kld=(p.exp() * (p - q)).sum(-1).clamp(min=0).cpu().numpy(),
+        top1=(p.argmax(-1) == q.argmax(-1)).double().cpu().numpy(),
+        dlogp=(p - q).gather(1, following)[:, 0].abs().cpu().numpy(),
         answer_from=text.prompt - 1,
     )
 

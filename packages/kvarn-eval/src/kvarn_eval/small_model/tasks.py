@@ -32,11 +32,12 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
 Ids = NDArray[np.int64]
+Floats = NDArray[np.float32]
 Family = Literal["recall", "arith"]
 FAMILIES: tuple[Family, ...] = ("recall", "arith")
 
-IGNORE = -100
-"""Target of positions without loss, as in `torch.nn.functional.cross_entropy`."""
+PROMPT_WEIGHT = 0.05
+"""Weight of the loss on a prompt token; an answer token has 1."""
 
 _DIGIT, _LETTER, _LABEL = IDS[DIGITS[0]], IDS[LETTERS[0]], IDS["[1]"]
 _ROW_TOKENS = 7  # q B : 4 1 7 ;
@@ -313,7 +314,7 @@ def grade(item: Item, text: str) -> bool:
     return text.strip() == item.answer
 
 
-def training_batch(rng: np.random.Generator, count: int, length: int) -> tuple[Ids, Ids]:
+def training_batch(rng: np.random.Generator, count: int, length: int) -> tuple[Ids, Ids, Floats]:
     """Training items of both families in equal parts, one per row.
 
     Half of the rows fill `length`, half are shorter; the share of table and questions varies.
@@ -323,7 +324,7 @@ def training_batch(rng: np.random.Generator, count: int, length: int) -> tuple[I
     rng : numpy Generator
         Source of everything random.
     count : int
-        Rows, a multiple of 4.
+        Rows, a multiple of 4; families take turns.
     length : int
         Tokens per row, at least 256.
 
@@ -332,10 +333,13 @@ def training_batch(rng: np.random.Generator, count: int, length: int) -> tuple[I
     ids : int64 [count, length]
         Inputs, padded at the end.
     targets : int64 [count, length]
-        Next token where it belongs to an answer, `IGNORE` elsewhere.
+        Next tokens.
+    weights : float32 [count, length]
+        Of the loss: 1 where the next token belongs to an answer, `PROMPT_WEIGHT` where it belongs
+        to a prompt, 0 where there is none.
     """
     ids = np.full((count, length + 1), PAD)
-    is_answer = np.zeros((count, length + 1), dtype=bool)
+    weights = np.zeros((count, length + 1), dtype=np.float32)
     for group in range(4):
         family = FAMILIES[group % 2]
         room = length + 1 if group < 2 else int(rng.integers(length // 2, length + 2))
@@ -347,5 +351,6 @@ def training_batch(rng: np.random.Generator, count: int, length: int) -> tuple[I
         prompt, answer = _GENERATORS[family](rng, count // 4, rows, rewrites, questions)
         start, end = prompt.shape[1], prompt.shape[1] + answer.shape[1]
         ids[group::4, :end] = np.concatenate((prompt, answer), 1)
-        is_answer[group::4, start:end] = True
-    return ids[:, :-1], np.where(is_answer, ids, IGNORE)[:, 1:]
+        weights[group::4, :start] = PROMPT_WEIGHT
+        weights[group::4, start:end] = 1
+    return ids[:, :-1], ids[:, 1:], weights[:, 1:]

@@ -1,9 +1,9 @@
 """The small model's vocabulary: one token per character or keyword, no merges.
 
 Text and ids determine each other: a keyword is a label in brackets (`[7]`) or a name in angle
-brackets (`<recall>`), everything else is one token per character. The same table is written as a
-Hugging Face `tokenizer.json`, so that any server reads exactly what training saw; what is traded
-away is text outside the task alphabet, which becomes `<unk>`.
+brackets (`<recall>`), everything else is one token per character of ASCII. The same table is
+written as a Hugging Face `tokenizer.json`, so that any server reads exactly what training saw; what
+is traded away is text outside ASCII, which becomes `<unk>`.
 """
 
 from __future__ import annotations
@@ -23,12 +23,14 @@ SYMBOLS = ":;?=+-@"
 MAX_LABEL = 64
 LABELS = tuple(f"[{n}]" for n in range(1, MAX_LABEL + 1))
 KEYWORDS = ("<recall>", "<arith>")
+PUNCTUATION = "\t\n !\"#$%&'()*,./<>[\\]^_`{|}~"
+"""What program text needs beyond the alphabet of the tasks."""
 
-TOKENS: tuple[str, ...] = (*SPECIALS, *KEYWORDS, *DIGITS, *LETTERS, *SYMBOLS, *LABELS)
+TOKENS: tuple[str, ...] = (*SPECIALS, *KEYWORDS, *DIGITS, *LETTERS, *SYMBOLS, *LABELS, *PUNCTUATION)
 IDS: dict[str, int] = {token: i for i, token in enumerate(TOKENS)}
 PAD, EOS, UNK = (IDS[token] for token in SPECIALS)
 
-PATTERN = r"\[[0-9]+\]|<[a-z]+>|[\s\S]"
+PATTERN = "|".join((*map(re.escape, (*SPECIALS, *KEYWORDS, *LABELS)), r"[\s\S]"))
 
 
 def encode(text: str) -> list[int]:
