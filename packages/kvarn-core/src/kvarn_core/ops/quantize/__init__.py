@@ -6,15 +6,23 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from kvarn_core.dispatch import select
 from kvarn_core.ops.quantize import reference
 from kvarn_core.spec import Recipe
 
 if TYPE_CHECKING:
+    from types import ModuleType
+
     from kvarn_core.layout import RecordLayout
 
 
 def quantize(
-    key: torch.Tensor, value: torch.Tensor, layout: RecordLayout, recipe: Recipe = Recipe.KVARN
+    key: torch.Tensor,
+    value: torch.Tensor,
+    layout: RecordLayout,
+    recipe: Recipe = Recipe.KVARN,
+    *,
+    engine: str | None = None,
 ) -> torch.Tensor:
     """Encode complete tiles into records.
 
@@ -26,6 +34,9 @@ def quantize(
         Byte layout of the preset.
     recipe : Recipe
         How the encoder chooses factors and ranges; readers do not depend on it.
+    engine : str, optional
+        ``reference`` or ``triton``; chosen by `kvarn_core.dispatch` if not given. Engines agree up
+        to the order of sums: factors within one fp16 step, codes almost everywhere.
 
     Returns
     -------
@@ -42,28 +53,44 @@ def quantize(
     arXiv 2606.03458; docs/explanation/algorithm.md.
     """
     return torch.cat(
-        (quantize_key(key, layout, recipe), quantize_value(value, layout, recipe)), dim=1
+        (
+            quantize_key(key, layout, recipe, engine=engine),
+            quantize_value(value, layout, recipe, engine=engine),
+        ),
+        dim=1,
     )
 
 
 def quantize_key(
-    key: torch.Tensor, layout: RecordLayout, recipe: Recipe = Recipe.KVARN
+    key: torch.Tensor,
+    layout: RecordLayout,
+    recipe: Recipe = Recipe.KVARN,
+    *,
+    engine: str | None = None,
 ) -> torch.Tensor:
     """Encode K tiles [N, G, D] into the K part [N, layout.key_bytes], uint8; see `quantize`."""
     _check_tiles("key", key, layout)
-    return reference.encode_key(key, layout, recipe)
+    return _engine(key, layout, engine).encode_key(key, layout, recipe)
 
 
 def quantize_value(
-    value: torch.Tensor, layout: RecordLayout, recipe: Recipe = Recipe.KVARN
+    value: torch.Tensor,
+    layout: RecordLayout,
+    recipe: Recipe = Recipe.KVARN,
+    *,
+    engine: str | None = None,
 ) -> torch.Tensor:
     """Encode V tiles [N, G, D] into the V part of records, uint8; see `quantize`."""
     _check_tiles("value", value, layout)
-    return reference.encode_value(value, layout, recipe)
+    return _engine(value, layout, engine).encode_value(value, layout, recipe)
 
 
 def dequantize(
-    records: torch.Tensor, layout: RecordLayout, dtype: torch.dtype = torch.float32
+    records: torch.Tensor,
+    layout: RecordLayout,
+    dtype: torch.dtype = torch.float32,
+    *,
+    engine: str | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Decode records into rotated tiles.
 
@@ -75,6 +102,9 @@ def dequantize(
         Byte layout of the preset.
     dtype : torch.dtype
         Result dtype. Arithmetic is fp32; fp16 saturates.
+    engine : str, optional
+        As in `quantize`. There is no kernel for whole tiles alone (`ops.gather` decodes pages):
+        every engine runs the reference on the device of `records`, with the same bits.
 
     Returns
     -------
@@ -91,7 +121,16 @@ def dequantize(
             f"records has dtype {records.dtype} and shape {tuple(records.shape)}. "
             f"Pass uint8 [N, {layout.record_bytes}] for {layout.preset.name}."
         )
+    select(records.device, layout, engine)  # an engine that cannot run is refused here too
     return reference.decode(records, layout, dtype)
+
+
+def _engine(tiles: torch.Tensor, layout: RecordLayout, engine: str | None) -> ModuleType:
+    if select(tiles.device, layout, engine) == "reference":
+        return reference
+    from kvarn_core.ops.quantize import triton
+
+    return triton
 
 
 def _check_tiles(name: str, tiles: torch.Tensor, layout: RecordLayout) -> None:

@@ -1,0 +1,364 @@
+"""Tile to record as a Triton kernel: one program encodes one tile of K or of V.
+
+The tile stays in registers; every step is a reduction along its rows or its columns, so a pass of
+the normalisation costs five instructions per element and no division. What is traded away against
+the reference: sums run in another order and reciprocals replace divisions, so a factor may differ
+by one unit in the last place of fp16 and a code, rarely, by one. The names are those of the
+reference: T [ROWS, COLS] has a scale and a zero per row and a factor per column.
+
+`write_key` and `write_value` are the device functions that `ops.store` seals with.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+import triton
+import triton.language as tl
+
+from kvarn_core.butterfly import to_fp16
+from kvarn_core.layout import HEAD_DIMS, RecordLayout
+from kvarn_core.spec import PRESETS, Recipe
+from kvarn_core.variants import Variant
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+GAUSSIAN_STEP = tl.constexpr(0.9957)  # as in the reference
+ELEMENTS_PER_WARP = 2048  # 64 fp32 registers per thread hold the tile
+
+
+def encode_key(key: torch.Tensor, layout: RecordLayout, recipe: Recipe) -> torch.Tensor:
+    """K tiles [N, G, D] to bytes [N, key_bytes]."""
+    return _encode(key, layout, recipe, is_value=False)
+
+
+def encode_value(value: torch.Tensor, layout: RecordLayout, recipe: Recipe) -> torch.Tensor:
+    """V tiles [N, G, D] to bytes [N, record_bytes - key_bytes]."""
+    return _encode(value, layout, recipe, is_value=True)
+
+
+def num_warps(layout: RecordLayout) -> int:
+    """Warps per program of the encoder."""
+    return max(4, layout.group * layout.head_dim // ELEMENTS_PER_WARP)
+
+
+def variants() -> Iterator[Variant]:
+    """Yield every form of the kernel that can run."""
+    for preset in PRESETS.values():
+        for dim in HEAD_DIMS:
+            layout = RecordLayout(preset, dim)
+            for recipe in (Recipe.KVARN, Recipe.PAPER):
+                for is_value in (False, True):
+                    half = "value" if is_value else "key"
+                    yield Variant(
+                        name=f"quantize-{half}-{preset.name}-d{dim}-{recipe.name}",
+                        kernel=_encode_tiles,
+                        signature={"p_tiles": "*fp16", "p_parts": "*u8"},
+                        constexprs={"LAYOUT": layout, "RECIPE": recipe, "IS_VALUE": is_value},
+                        num_warps=num_warps(layout),
+                        num_stages=1,
+                    )
+
+
+def _encode(
+    tiles: torch.Tensor, layout: RecordLayout, recipe: Recipe, *, is_value: bool
+) -> torch.Tensor:
+    nbytes = layout.record_bytes - layout.key_bytes if is_value else layout.key_bytes
+    parts = torch.empty(len(tiles), nbytes, dtype=torch.uint8, device=tiles.device)
+    if len(tiles):
+        _encode_tiles[(len(tiles),)](
+            tiles.contiguous(), parts, layout, recipe, is_value,
+            num_warps=num_warps(layout), num_stages=1,
+        )  # fmt: skip
+    return parts
+
+
+@triton.jit
+def _encode_tiles(  # type: ignore[no-untyped-def]
+    p_tiles, p_parts, LAYOUT: tl.constexpr, RECIPE: tl.constexpr, IS_VALUE: tl.constexpr
+):
+    G: tl.constexpr = LAYOUT.group
+    D: tl.constexpr = LAYOUT.head_dim
+    i_tile = tl.program_id(0).to(tl.int64)
+    o = tl.arange(0, G)[:, None] * D + tl.arange(0, D)[None, :]
+    x = tl.load(p_tiles + i_tile * G * D + o).to(tl.float32)
+    if IS_VALUE:
+        nbytes: tl.constexpr = LAYOUT.record_bytes - LAYOUT.key_bytes
+        write_value(x, p_parts + i_tile * nbytes, LAYOUT, RECIPE)
+    else:
+        write_key(x, p_parts + i_tile * LAYOUT.key_bytes, LAYOUT, RECIPE)
+
+
+# --- one half of a record ----------------------------------------------------------------------
+
+
+@triton.constexpr_function
+def offset(layout, name, base=0):  # type: ignore[no-untyped-def]
+    """Byte offset of a record field, counted from `base`."""
+    return layout.fields[name].offset - base
+
+
+@triton.jit
+def write_key(x, p_part, LAYOUT: tl.constexpr, RECIPE: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Encode rotated keys, fp32 [G, D], into the K part of a record."""
+    G: tl.constexpr = LAYOUT.group
+    D: tl.constexpr = LAYOUT.head_dim
+    BITS: tl.constexpr = LAYOUT.preset.key_bits
+    codes, scale, zero, factor = quantize_rows(tl.trans(x), D, G, BITS, RECIPE, False)
+    _store_codes(p_part + offset(LAYOUT, "k_codes"), codes, D, G, BITS)
+    channel, token = k_order(tl.arange(0, D)), m_order(tl.arange(0, G))
+    _store_vector(p_part + offset(LAYOUT, "k_scale"), scale, channel)
+    _store_vector(p_part + offset(LAYOUT, "k_zero"), zero, channel)
+    _store_vector(p_part + offset(LAYOUT, "k_token_scale"), factor, token)
+
+
+@triton.jit
+def write_value(x, p_part, LAYOUT: tl.constexpr, RECIPE: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Encode rotated values, fp32 [G, D], into the V part of a record."""
+    G: tl.constexpr = LAYOUT.group
+    D: tl.constexpr = LAYOUT.head_dim
+    BITS: tl.constexpr = LAYOUT.preset.value_bits
+    BASE: tl.constexpr = LAYOUT.key_bytes
+    RESTORE: tl.constexpr = RECIPE.restore_norm and BITS == 2
+    codes, scale, zero, factor = quantize_rows(x, G, D, BITS, RECIPE, RESTORE)
+    _store_codes(p_part + offset(LAYOUT, "v_codes", BASE), codes, G, D, BITS)
+    channel, token = m_order(tl.arange(0, D)), m_order(tl.arange(0, G))
+    _store_vector(p_part + offset(LAYOUT, "v_channel_scale", BASE), factor, channel)
+    _store_vector(p_part + offset(LAYOUT, "v_scale", BASE), scale, token)
+    _store_vector(p_part + offset(LAYOUT, "v_zero", BASE), zero, token)
+
+
+@triton.jit
+def k_order(d):  # type: ignore[no-untyped-def]
+    """`kvarn_core.layout.k_order`."""
+    return (d >> 5) * 32 + ((d >> 1) & 3) * 8 + ((d >> 4) & 1) * 4 + ((d >> 3) & 1) * 2 + (d & 1)
+
+
+@triton.jit
+def m_order(i):  # type: ignore[no-untyped-def]
+    """`kvarn_core.layout.m_order`."""
+    return (i >> 6) * 64 + (i & 7) * 8 + ((i >> 4) & 3) * 2 + ((i >> 3) & 1)
+
+
+@triton.jit
+def _store_vector(p_field, vector, order):  # type: ignore[no-untyped-def]
+    """Store fp16 elements at their places in the record."""
+    tl.store(p_field.to(tl.pointer_type(tl.float16)) + order, vector)
+
+
+@triton.jit
+def _store_codes(p_field, codes, K: tl.constexpr, M: tl.constexpr, BITS: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Store codes [K, M] in the order of `kvarn_core.layout.code_index`, 32 bits at a time."""
+    FIELDS: tl.constexpr = 16 // BITS
+    FM: tl.constexpr = min(FIELDS, M // 16)
+    FK: tl.constexpr = FIELDS // FM
+    k, m = tl.arange(0, K)[:, None], tl.arange(0, M)[None, :]
+    field = (m >> 4) % FM + FM * ((k >> 4) % FK)
+    words = codes << (16 * (k & 1) + BITS * field)
+    # k = (chunk, field, register bit 1, lane & 3, half); m = (chunk, field, register bit 0, lane >> 2)
+    words = words.reshape(K // (16 * FK), FK, 2, 4, 2, M // (16 * FM), FM, 2, 8)
+    words = tl.sum(tl.sum(tl.sum(words, 6), 4), 1)  # [K chunk, r1, lane & 3, M chunk, r0, lane >> 2]
+    words = words.trans(3, 0, 5, 2, 1, 4).reshape(K * M * BITS // 32)
+    o = tl.arange(0, K * M * BITS // 32)
+    tl.store(p_field.to(tl.pointer_type(tl.int32)) + o, words)
+
+
+# --- quantisation of one matrix ----------------------------------------------------------------
+
+
+@triton.jit
+def quantize_rows(  # type: ignore[no-untyped-def]
+    t,
+    ROWS: tl.constexpr,
+    COLS: tl.constexpr,
+    BITS: tl.constexpr,
+    RECIPE: tl.constexpr,
+    RESTORE_NORM: tl.constexpr,
+):
+    """Quantise T: codes int32 [ROWS, COLS]; fp16 scale and zero [ROWS], factor [COLS]."""
+    if RECIPE.relative:
+        exponent = _rms_exponent(t, ROWS * COLS)
+        t = t * _exp2(-exponent)
+        factor = _normalise_relative(t, ROWS, COLS, RECIPE.iterations)
+    else:
+        exponent = tl.full([], 0, tl.int32)
+        factor = _normalise_published(t, ROWS, COLS, RECIPE.iterations)
+    factor = _gauge(t, factor, exponent, BITS)  # of T; t holds T * 2**-exponent
+    factor16 = tl.maximum(to_fp16(factor), 2.0**-14)  # smallest normal: division stays safe
+    wide = factor16.to(tl.float32)
+    divisor = wide if RECIPE.relative else factor
+    y = t * (_exp2(exponent) / divisor)[None, :]
+    low, high = tl.min(y, 1), tl.max(y, 1)
+    scale, zero = (high - low) / (2**BITS - 1), low
+    mean = tl.zeros_like(low)
+    if RESTORE_NORM:
+        wanted = _norm_square(y, wide)
+    if BITS == 2 and RECIPE.refits > 0:
+        mean = tl.sum(y, 1) / COLS
+        y = y - mean[:, None]  # in place of y: a second tile would not fit the registers
+        scale, zero = _least_squares_range(y, low - mean, high - mean, COLS, RECIPE.refits)
+        zero += mean
+    if RECIPE.relative:  # codes for the stored grid
+        scale16 = to_fp16(scale)
+        zero16 = tl.where(scale16 == 0, to_fp16((low + high) / 2), to_fp16(zero))
+        scale, zero = scale16.to(tl.float32), zero16.to(tl.float32)
+    else:  # codes for the unrounded grid
+        scale = tl.maximum(scale, 1e-10)
+        scale16, zero16 = to_fp16(scale), to_fp16(zero)
+    codes = _round(y, scale, zero - mean, BITS)
+    if RESTORE_NORM:
+        got = _norm_square(codes * scale[:, None] + zero[:, None], wide)
+        ratio = tl.sqrt(tl.where(got > 0, wanted / tl.where(got > 0, got, 1.0), 1.0))
+        ratio = tl.minimum(tl.maximum(ratio, 0.5), 2.0)
+        scale16, zero16 = to_fp16(scale * ratio), to_fp16(zero * ratio)
+    return codes.to(tl.int32), scale16, zero16, factor16
+
+
+@triton.jit
+def _normalise_relative(t, ROWS: tl.constexpr, COLS: tl.constexpr, ITERATIONS: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Column factors of recipe `kvarn` for a tile whose RMS is about 1."""
+    measured_cols = _rms_cols(t, ROWS)
+    measured_rows = _measure_rows(t, COLS)
+    best = _spread(_bounded(measured_cols)) + _spread(_bounded(measured_rows))
+    best_factor = tl.full([COLS], 1.0, tl.float32)
+    for _ in range(ITERATIONS):
+        col = _bounded(measured_cols)
+        measured_rows = _measure_rows(t * (1.0 / col)[None, :], COLS)
+        row = _bounded(measured_rows)
+        measured_cols = _rms_cols(t * (1.0 / row)[:, None], ROWS)
+        spread_cols = _spread(_bounded(measured_cols / col))
+        imbalance = spread_cols + _spread(_bounded(measured_rows / row))
+        best_factor = tl.where(imbalance <= best, col, best_factor)
+        best = tl.minimum(imbalance, best)
+    return best_factor
+
+
+@triton.jit
+def _rms_cols(x, ROWS: tl.constexpr):  # type: ignore[no-untyped-def]
+    return tl.sqrt(tl.sum(x * x, 0) / ROWS)
+
+
+@triton.jit
+def _measure_rows(x, COLS: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Sample standard deviation with a floor of RMS / 8."""
+    total, squares = tl.sum(x, 1), tl.sum(x * x, 1)
+    return tl.sqrt(tl.maximum(_variance(total, squares, COLS), squares / (64 * COLS)))
+
+
+@triton.jit
+def _variance(total, squares, COUNT: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Sample variance from moments; loses digits where a mean exceeds many deviations."""
+    return (squares - total * total / COUNT) / (COUNT - 1)
+
+
+@triton.jit
+def _bounded(x):  # type: ignore[no-untyped-def]
+    return tl.minimum(tl.maximum(x, 2.0**-10), 2.0**10)
+
+
+@triton.jit
+def _spread(x):  # type: ignore[no-untyped-def]
+    return tl.max(x, 0) / tl.min(x, 0)
+
+
+@triton.jit
+def _normalise_published(t, ROWS: tl.constexpr, COLS: tl.constexpr, ITERATIONS: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Column factors of recipe `paper`."""
+    log_col = tl.full([COLS], 0.0, tl.float32)
+    log_row = tl.full([ROWS], 0.0, tl.float32)
+    std_cols, std_rows = _std(t, 0, ROWS), _std(t, 1, COLS)
+    best = _published_spread(std_cols) + _published_spread(std_rows)
+    best_factor = tl.full([COLS], 1.0, tl.float32)
+    for _ in range(ITERATIONS):
+        log_col = _published_step(log_col, std_cols)
+        x = t * tl.exp(-log_col)[None, :] * tl.exp(-log_row)[:, None]
+        log_row = _published_step(log_row, _std(x, 1, COLS))
+        x = t * tl.exp(-log_col)[None, :] * tl.exp(-log_row)[:, None]
+        std_cols, std_rows = _std(x, 0, ROWS), _std(x, 1, COLS)
+        imbalance = _published_spread(std_cols) + _published_spread(std_rows)
+        best_factor = tl.where(imbalance <= best, tl.exp(log_col), best_factor)
+        best = tl.minimum(imbalance, best)
+    return best_factor
+
+
+@triton.jit
+def _std(x, AXIS: tl.constexpr, COUNT: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Sample standard deviation along an axis."""
+    variance = _variance(tl.sum(x, AXIS), tl.sum(x * x, AXIS), COUNT)
+    return tl.sqrt(tl.maximum(variance, 0.0))
+
+
+@triton.jit
+def _published_step(log_factor, deviation):  # type: ignore[no-untyped-def]
+    log_factor += tl.log(tl.minimum(tl.maximum(deviation, 1e-3), 1e3))
+    return tl.minimum(tl.maximum(log_factor, -0.3), 10.0)
+
+
+@triton.jit
+def _published_spread(deviation):  # type: ignore[no-untyped-def]
+    return tl.max(deviation, 0) / tl.maximum(tl.min(deviation, 0), 1e-8)
+
+
+@triton.jit
+def _gauge(t, factor, exponent, BITS: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Factors of T (t is T * 2**-exponent), shifted by a power of two so that all fits fp16."""
+    TARGET: tl.constexpr = 3 if BITS == 4 else 1
+    peak = tl.max(tl.max(tl.abs(t * (1.0 / factor)[None, :]), 1), 0)
+    col_exponent = _floor_log2(tl.max(factor, 0)) + exponent
+    shift = tl.minimum(_floor_log2(peak) - TARGET, 14 - col_exponent)
+    shift = tl.maximum(shift, -8 - col_exponent)
+    return tl.where(peak > 0, factor * _exp2(exponent + shift), 1.0)
+
+
+@triton.jit
+def _least_squares_range(y, low, high, COLS: tl.constexpr, ROUNDS: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Scale and zero [ROWS] of 2-bit rows whose mean is 0, so that products lose no digits."""
+    deviation = tl.sqrt(tl.sum(y * y, 1) / COLS)
+    scale = tl.minimum(GAUSSIAN_STEP * deviation, (high - low) / 3)
+    zero = tl.maximum(-1.5 * scale, low)
+    for _ in range(ROUNDS):
+        codes = _round(y, scale, zero, 2)
+        total, squares = tl.sum(codes, 1), tl.sum(codes * codes, 1)
+        variance = squares * COLS - total * total  # integers below 2**24: exact
+        covariance = tl.sum(codes * y, 1) * COLS
+        scale = tl.where(variance > 0, covariance / tl.where(variance > 0, variance, 1.0), 0.0)
+        zero = -scale * total / COLS
+    return scale, zero
+
+
+@triton.jit
+def _norm_square(y, factor):  # type: ignore[no-untyped-def]
+    """Squared norm of each row, columns multiplied by their factors."""
+    x = y * factor[None, :]
+    return tl.sum(x * x, 1)
+
+
+@triton.jit
+def _round(y, scale, zero, BITS: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Codes as floats; a row with scale 0 gets code 0."""
+    inverse = tl.where(scale == 0, 0.0, 1.0 / tl.where(scale == 0, 1.0, scale))
+    codes = (y - zero[:, None]) * inverse[:, None]
+    codes = tl.minimum(tl.maximum(codes, 0.0), 2.0**BITS - 1)
+    magic: tl.constexpr = 1.5 * 2**23  # floats of this size are integers: adding rounds half to even
+    return (codes + magic) - magic
+
+
+@triton.jit
+def _rms_exponent(t, COUNT: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Integer nearest to log2 of the RMS of a tile; 0 for a zero tile."""
+    mean_square = tl.sum(tl.sum(t * t, 1), 0) / COUNT
+    return tl.where(mean_square > 0, (_floor_log2(mean_square) + 1) >> 1, 0)
+
+
+@triton.jit
+def _floor_log2(x):  # type: ignore[no-untyped-def]
+    """Exponent of a positive normal float, from its bits."""
+    return ((x.to(tl.int32, bitcast=True) >> 23) & 255) - 127
+
+
+@triton.jit
+def _exp2(exponent):  # type: ignore[no-untyped-def]
+    """Power of two with an exponent in -126 .. 127, exactly."""
+    return ((exponent + 127) << 23).to(tl.float32, bitcast=True)
