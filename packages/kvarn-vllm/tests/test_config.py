@@ -136,12 +136,15 @@ def test_refused_models(tiny_model: Any, tmp_path: Any, changes: Any, sentence: 
     assert refusal(tmp_path) == sentence
 
 
-def complete_config(platform: str = "cpu", **model: Any) -> tuple[Any, Any]:
+def complete_config(
+    platform: str = "cpu", capability: int = 90, ranks: int = 1, **model: Any
+) -> tuple[Any, Any]:
     """An engine configuration that passes, with a model changed by `model`, and a platform."""
     facts = {
         "use_mla": False,
         "is_hybrid": False,
         "is_encoder_decoder": False,
+        "is_moe": False,
         "dtype": torch.bfloat16,
         "enable_return_routed_experts": False,
         "hf_text_config": SimpleNamespace(),
@@ -159,7 +162,9 @@ def complete_config(platform: str = "cpu", **model: Any) -> tuple[Any, Any]:
             kv_offloading_size=None,
         ),
         parallel_config=SimpleNamespace(
-            decode_context_parallel_size=1, prefill_context_parallel_size=1
+            decode_context_parallel_size=1,
+            prefill_context_parallel_size=1,
+            data_parallel_size=ranks,
         ),
         attention_config=SimpleNamespace(backend=None),
         speculative_config=None,
@@ -167,7 +172,9 @@ def complete_config(platform: str = "cpu", **model: Any) -> tuple[Any, Any]:
         additional_config={},
     )
     return config, SimpleNamespace(
-        is_cpu=lambda: platform == "cpu", is_cuda=lambda: platform == "cuda"
+        is_cpu=lambda: platform == "cpu",
+        is_cuda=lambda: platform == "cuda",
+        has_device_capability=lambda needed: capability >= needed,
     )
 
 
@@ -189,10 +196,15 @@ FACTS = {
         {"platform": "cuda", "dtype": torch.float32},
         "KVarN: float32 models are not supported on a GPU. Use --dtype float16 or bfloat16.",
     ),
-    "gpu": (
-        {"platform": "cuda"},
-        "KVarN: this version has no GPU kernels. Use vLLM's CPU engine, or try plain torch, "
-        'slow, with --additional-config \'{"kvarn": {"engine": "reference"}}\'.',
+    "old-gpu": (
+        {"platform": "cuda", "capability": 75},
+        "KVarN: the kernels need a GPU of compute capability 8.0 or higher. Use another GPU, "
+        'or plain torch, slow, with --additional-config \'{"kvarn": {"engine": "reference"}}\'.',
+    ),
+    "experts-on-several-ranks": (
+        {"ranks": 2, "is_moe": True},
+        "KVarN: data parallel mixture-of-experts models are not supported yet. "
+        "Set --data-parallel-size to 1.",
     ),
     "tpu": (
         {"platform": "tpu"},
@@ -209,8 +221,9 @@ def test_refused_kinds_of_model_and_platform(facts: dict[str, Any], sentence: st
     assert str(caught.value) == sentence
 
 
-def test_plain_torch_on_a_gpu_has_to_be_asked_for() -> None:
-    config, platform = complete_config("cuda")
+def test_a_gpu_of_capability_8_serves_and_plain_torch_serves_on_any() -> None:
+    check_engine(*complete_config("cuda", capability=80, ranks=2), batch_invariant=False)
+    config, platform = complete_config("cuda", capability=75)
     config.additional_config = {"kvarn": {"engine": "reference"}}
     check_engine(config, platform, batch_invariant=False)
 
@@ -272,6 +285,8 @@ def test_options() -> None:
     assert Options.from_config({"another plugin": 1, "kvarn": {}}) == Options()
     given = {"kvarn": {"prefill": "sealed", "recipe": "paper", "engine": "reference"}}
     assert Options.from_config(given) == Options("sealed", Recipe.PAPER, "reference")
+    assert Options.from_config(given).forced_engine == "reference"
+    assert Options().forced_engine is None
 
 
 def test_group_is_the_default_block_size(tiny_model: Any) -> None:

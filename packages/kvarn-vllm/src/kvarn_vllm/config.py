@@ -19,8 +19,9 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
 
 PREFILL_MODES = ("chunk", "sealed")
-ENGINES = ("auto", "reference")
+ENGINES = ("auto", "reference", "triton")
 OPTIONS_KEY = "kvarn"
+MIN_CAPABILITY = 80  # vLLM writes 8.0 as 80
 
 
 def is_kvarn(kv_cache_dtype: object) -> bool:
@@ -40,12 +41,18 @@ class Options:
     recipe : Recipe
         How records are filled: ``kvarn`` (default) or ``paper``.
     engine : str
-        ``auto`` (default): kernels of the platform. ``reference``: plain torch, on any platform.
+        ``auto`` (default): Triton kernels where there is a GPU for them, else plain torch.
+        ``reference``: plain torch, on any platform. ``triton``: kernels, or a refusal.
     """
 
     prefill: str = "chunk"
     recipe: Recipe = Recipe.KVARN
     engine: str = "auto"
+
+    @property
+    def forced_engine(self) -> str | None:
+        """Engine asked for by name; None leaves the choice to `kvarn_core.dispatch`."""
+        return None if self.engine == "auto" else self.engine
 
     @classmethod
     def from_config(cls, additional_config: object) -> Options:
@@ -137,10 +144,11 @@ def _check_platform(config: Any, platform: Any) -> None:
         raise NotImplementedError(
             "KVarN: this platform is not supported. Use an NVIDIA GPU or vLLM's CPU engine."
         )
-    if Options.from_config(config.additional_config).engine != "reference":
+    reference = Options.from_config(config.additional_config).engine == "reference"
+    if not reference and not platform.has_device_capability(MIN_CAPABILITY):
         raise NotImplementedError(
-            "KVarN: this version has no GPU kernels. Use vLLM's CPU engine, or try plain torch, "
-            'slow, with --additional-config \'{"kvarn": {"engine": "reference"}}\'.'
+            "KVarN: the kernels need a GPU of compute capability 8.0 or higher. Use another GPU, "
+            'or plain torch, slow, with --additional-config \'{"kvarn": {"engine": "reference"}}\'.'
         )
 
 
@@ -197,6 +205,12 @@ def _check_features(config: Any, *, batch_invariant: bool) -> None:
         raise _refusal(
             "context parallelism splits the tokens of a tile over ranks",
             "Set --decode-context-parallel-size and --prefill-context-parallel-size to 1",
+        )
+    if parallel.data_parallel_size > 1 and config.model_config.is_moe:
+        # An idle rank runs steps on stale page tables and trusts slot mappings to prevent writes.
+        raise _refusal(
+            "data parallel mixture-of-experts models are not supported yet",
+            "Set --data-parallel-size to 1",
         )
     backend = config.attention_config.backend
     if backend is not None and backend.name != "CUSTOM":

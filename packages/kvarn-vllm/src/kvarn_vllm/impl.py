@@ -1,37 +1,35 @@
-"""Attention of one layer: seal, then decode rows, then prefill rows.
+"""Attention of one layer: store the new rows of a step, attend to everything stored.
 
-The order carries two guarantees. Records and sink rows of *all* requests are written before
-anything is read, because another request of the same step may already share the pages. The ring of
-a prefill row is written last, because its own chunk still reads the old rows.
-
-Prefill has two modes. ``chunk``: new tokens see each other unquantised, and older ones as a decode
-step would. ``sealed``: every token sees exactly what a decode step at its position would, so a
-result does not depend on how a prompt is cut into chunks.
+The order of a step carries two guarantees, however it is served. Records and sink rows of *all*
+requests are written before anything is read, because another request of the same step may already
+share the pages. The ring of a prefill row is written last, because its own chunk still reads the
+old rows.
 """
 
 from __future__ import annotations
 
+import logging
 import re
-from itertools import pairwise
+from functools import cache as memoize
 from typing import TYPE_CHECKING, Any
 
-import torch
 from vllm.config import get_current_vllm_config
 from vllm.v1.attention.backend import AttentionImpl, AttentionType
 
-from kvarn_core.ops.decode import attend, decode
-from kvarn_core.ops.gather import gather
-from kvarn_core.ops.store import append, seal, write_sink
-from kvarn_core.rotation import rotate
+from kvarn_vllm.batched import Batched
+from kvarn_vllm.by_request import ByRequest
 from kvarn_vllm.cache_spec import record_layout
 from kvarn_vllm.config import Options, check_layer
+from kvarn_vllm.engine import choose, explain, serves_batches
+from kvarn_vllm.flash import FlashAttention
+from kvarn_vllm.workspace import Workspace
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    import torch
 
     from kvarn_vllm.metadata import KVarNMetadata
 
-QUERY_BLOCK = 256  # bounds the score matrix of a prefill
+LOG = logging.getLogger("vllm.kvarn")
 
 
 class KVarNImpl(AttentionImpl):  # type: ignore[misc]
@@ -42,6 +40,8 @@ class KVarNImpl(AttentionImpl):  # type: ignore[misc]
     NotImplementedError
         If the layer needs ALiBi, a sliding window, soft capping, attention sinks or the cache of
         another layer.
+    ValueError, RuntimeError
+        If the engine that was asked for cannot run.
     """
 
     def __init__(
@@ -71,7 +71,26 @@ class KVarNImpl(AttentionImpl):  # type: ignore[misc]
         self.scale = float(scale)
         self.kv_cache_dtype = kv_cache_dtype
         self.layout = record_layout(kv_cache_dtype, head_size)
-        self.options = Options.from_config(get_current_vllm_config().additional_config)
+        self.path = self._path(get_current_vllm_config())
+
+    def _path(self, vllm_config: Any) -> Batched | ByRequest:
+        """How steps are served, under vLLM's configuration."""
+        options, layout = Options.from_config(vllm_config.additional_config), self.layout
+        _announce(explain(options, layout))
+        engine = choose(options, layout)
+        if not serves_batches(options, layout):
+            sealed = options.prefill == "sealed"
+            return ByRequest(layout, options.recipe, self.scale, engine, sealed)
+        scheduler = vllm_config.scheduler_config
+        workspace = Workspace(
+            layout,
+            self.num_heads,
+            self.num_kv_heads,
+            max_requests=scheduler.max_num_seqs,
+            max_tokens=scheduler.max_num_batched_tokens,
+        )
+        attention = FlashAttention.for_gpu(self.scale, self.head_size)
+        return Batched(layout, options.recipe, self.scale, engine, attention, workspace)
 
     def forward(
         self,
@@ -98,117 +117,32 @@ class KVarNImpl(AttentionImpl):  # type: ignore[misc]
         kv_cache : Tensor [P, Hkv, layout.record_bytes], uint8
             Written in place.
         attn_metadata : KVarNMetadata or None
-            None in vLLM's warm-up, which gets zeros.
+            None in vLLM's profile and warm-up runs, which get zeros. The first reserves scratch
+            memory and loads every kernel.
         output : Tensor [T, Hq, D], dtype of `query`
             Written in place and returned.
         output_scale, output_block_scale
             Not used; vLLM passes them only to backends that quantise their output.
         """
         if attn_metadata is None:
+            self.path.warm_up(query)
             return output.fill_(0)
-        step = attn_metadata
-        new = slice(0, step.num_tokens)
-        query, key, value = query[new], key[new], value[new]
-        everything = step.rows(0, len(step.seq_lens))
-        decodes = step.rows(0, step.num_decodes)
-
-        write_sink(key, value, kv_cache, *everything, layout=self.layout)
-        seal(
-            key, value, kv_cache, *everything,
-            layout=self.layout, recipe=self.options.recipe, layer=layer_index(layer.layer_name),
+        new = slice(0, attn_metadata.num_tokens)
+        self.path.serve(
+            query[new], key[new], value[new], kv_cache, attn_metadata, output[new],
+            layer=layer_index(layer.layer_name),
         )  # fmt: skip
-        append(key, value, kv_cache, *decodes, layout=self.layout)
-        table, lens, _ = decodes
-        rows = slice(0, step.num_decodes)
-        output[rows], _ = decode(
-            query[rows], kv_cache, table, lens, layout=self.layout, sm_scale=self.scale
-        )
-
-        prefill = self._prefill_sealed if self.options.prefill == "sealed" else self._prefill_chunk
-        for tokens, page_table, length in _prefills(step):
-            output[tokens] = prefill(
-                query[tokens], key[tokens], value[tokens], kv_cache, page_table, length
-            )
         return output
 
-    def _prefill_chunk(
-        self,
-        query: torch.Tensor,
-        key: torch.Tensor,
-        value: torch.Tensor,
-        kv_cache: torch.Tensor,
-        page_table: torch.Tensor,
-        length: int,
-    ) -> torch.Tensor:
-        """New rows of one request see each other raw and the context as a decode would."""
-        new = len(query)
-        context = _int32([length - new], kv_cache)
-        old_key, old_value, _ = gather(kv_cache, page_table, context, context, layout=self.layout)
-        keys = torch.cat((old_key, rotate(key)))
-        values = torch.cat((old_value, rotate(value)))
-        out = self._attend(rotate(query), keys, values)
-        self._append(key, value, kv_cache, page_table, length)
-        return out.to(query.dtype)
 
-    def _prefill_sealed(
-        self,
-        query: torch.Tensor,
-        key: torch.Tensor,
-        value: torch.Tensor,
-        kv_cache: torch.Tensor,
-        page_table: torch.Tensor,
-        length: int,
-    ) -> torch.Tensor:
-        """New rows of one request, tile by tile: queries of one tile see the same records."""
-        first, group = length - len(query), self.layout.group
-        cuts = [first, *range((first // group + 1) * group, length, group), length]
-        parts = []
-        for start, stop in pairwise(cuts):
-            part = slice(start - first, stop - first)
-            self._append(key[part], value[part], kv_cache, page_table, stop)
-            lens = _int32([stop], kv_cache)
-            keys, values, _ = gather(kv_cache, page_table, lens, lens - 1, layout=self.layout)
-            parts.append(self._attend(rotate(query[part]), keys, values))
-        return torch.cat(parts).to(query.dtype)
-
-    def _append(
-        self,
-        key: torch.Tensor,
-        value: torch.Tensor,
-        kv_cache: torch.Tensor,
-        page_table: torch.Tensor,
-        length: int,
-    ) -> None:
-        """Write new rows of one request, which has `length` tokens then, to its ring."""
-        lens, cu_seqlens_q = _int32([length], kv_cache), _int32([0, len(key)], kv_cache)
-        append(key, value, kv_cache, page_table, lens, cu_seqlens_q, layout=self.layout)
-
-    def _attend(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
-        """Causal attention in rotated space [Q, Hq, D] fp32, rotated back, a block at a time."""
-        context = len(key) - len(query)
-        blocks = []
-        for start in range(0, len(query), QUERY_BLOCK):
-            queries = query[start : start + QUERY_BLOCK]
-            visible = slice(0, context + start + len(queries))
-            out, _ = attend(queries, key[visible], value[visible], sm_scale=self.scale)
-            blocks.append(out)
-        return rotate(torch.cat(blocks))
-
-
-def _int32(values: list[int], like: torch.Tensor) -> torch.Tensor:
-    return torch.tensor(values, dtype=torch.int32, device=like.device)
-
-
+@memoize
 def layer_index(layer_name: str) -> int:
     """Index in a name such as ``model.layers.3.self_attn.attn``; 0 if it has none."""
     number = re.search(r"\d+", layer_name)
     return int(number.group()) if number else 0
 
 
-def _prefills(step: KVarNMetadata) -> Iterator[tuple[slice, torch.Tensor, int]]:
-    """Yield (new tokens, page table [1, columns], length) of rows with more than one new token."""
-    starts = step.cu_seqlens_q.tolist()
-    for row in range(step.num_decodes, len(step.seq_lens)):
-        length = int(step.seq_lens[row])
-        if length and starts[row + 1] > starts[row]:
-            yield slice(starts[row], starts[row + 1]), step.page_table[row : row + 1], length
+@memoize
+def _announce(sentence: str) -> None:
+    """Log a sentence once per process, not once per layer."""
+    LOG.info("KVarN: %s", sentence)

@@ -1,0 +1,72 @@
+"""Scratch memory of attention, reserved once, before vLLM measures what is left for the cache.
+
+The bytes come from vLLM's workspace manager, so all layers share them and a captured graph finds
+them where it left them. Their sizes follow from the configuration alone. What is traded away: a
+context longer than `CONTEXT_TOKENS` is read in several passes.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from vllm.v1.worker.workspace import current_workspace_manager
+
+from kvarn_core.ops.decode import workspace_bytes
+
+if TYPE_CHECKING:
+    from kvarn_core import RecordLayout
+
+CONTEXT_TOKENS = 16_384  # 64 MiB for 8 KV heads of 128
+
+
+@dataclass(frozen=True)
+class Workspace:
+    """Scratch tensors of one kind of layer. Each call reuses the same bytes.
+
+    Parameters
+    ----------
+    layout : RecordLayout
+        Byte layout of the preset.
+    num_q_heads, num_kv_heads : int
+        Heads of the layer on this rank.
+    max_requests, max_tokens : int
+        Requests and new tokens of the largest step.
+    """
+
+    layout: RecordLayout
+    num_q_heads: int
+    num_kv_heads: int
+    max_requests: int
+    max_tokens: int
+
+    def reserve(self, dtype: torch.dtype) -> None:
+        """Take the largest of everything, so that nothing grows later."""
+        self.decode(self.max_requests)
+        self.prefill(CONTEXT_TOKENS, self.max_tokens, dtype)
+
+    def decode(self, requests: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Scratch of the decode op (uint8) and its log-sum-exps [requests, Hq], fp32."""
+        nbytes = workspace_bytes(
+            self.max_requests, self.num_q_heads, self.num_kv_heads, self.layout
+        )
+        scratch, lse = _take(
+            ((nbytes,), torch.uint8), ((requests, self.num_q_heads), torch.float32)
+        )
+        return scratch, lse
+
+    def prefill(
+        self, context: int, tokens: int, dtype: torch.dtype
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Keys and values [context, Hkv, D], rotated queries and an output [tokens, Hq, D]."""
+        dim = self.layout.head_dim
+        rows = ((context, self.num_kv_heads, dim), dtype)
+        queries = ((tokens, self.num_q_heads, dim), dtype)
+        key, value, query, output = _take(rows, rows, queries, queries)
+        return key, value, query, output
+
+
+def _take(*shapes: tuple[tuple[int, ...], torch.dtype]) -> list[torch.Tensor]:
+    tensors: list[Any] = current_workspace_manager().get_simultaneous(*shapes)
+    return tensors
