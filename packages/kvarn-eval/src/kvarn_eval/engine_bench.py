@@ -1,0 +1,312 @@
+"""One arm of the throughput comparison, in a process of its own: vLLM's engine without a server.
+
+Started by `throughput.py` as ``python -m kvarn_eval.engine_bench plan.json result.json``. This is
+the one file here that imports vLLM, and only inside functions. It knows nothing of KVarN's plugin,
+which vLLM loads by itself if the plan names one of its cache dtypes.
+
+Decode is measured while *all* requests generate: the clock starts at the step after which each of
+them has its first token and stops before the first of them ends, so neither prefill nor draining
+is in the number.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+import statistics
+import sys
+import time
+from dataclasses import asdict, dataclass, field
+from itertools import pairwise
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from kvarn_eval.capacity import requests_that_fit
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+SEGMENTS = 4  # of a decode window; each gives one sample
+WARM_UP = (2, 8)  # requests, output tokens
+SPARE_STEPS = 8
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What to measure.
+
+    Parameters
+    ----------
+    engine : dict
+        Arguments of vLLM's ``EngineArgs``, among them ``max_num_batched_tokens`` and
+        ``max_num_seqs``.
+    flash_attn_version : int, optional
+        Set after vLLM has made its configuration: it forces version 2 for TurboQuant, which some
+        builds do not have. None leaves vLLM's choice.
+    prompt_tokens, requests, output_tokens : int
+        Size of the equal batch.
+    capacity_tokens : int
+        Prompt length of the run with as many requests as fit; 0 skips it.
+    decode_seconds : float
+        Longest time of one decode window.
+    seed : int
+        Of the random prompts.
+    """
+
+    engine: dict[str, Any]
+    flash_attn_version: int | None
+    prompt_tokens: int
+    requests: int
+    output_tokens: int
+    capacity_tokens: int
+    decode_seconds: float
+    seed: int = 0
+
+    def prompts(self, count: int, vocabulary: int) -> list[list[int]]:
+        """The first `count` prompts of `prompt_tokens` random tokens; no two share a prefix."""
+        prompts = []
+        for number in range(count):
+            draw = random.Random(f"{self.seed}-{number}")  # noqa: S311 - a workload
+            prompts.append(draw.choices(range(vocabulary), k=self.prompt_tokens))
+        return prompts
+
+
+@dataclass
+class Trace:
+    """Seen after each engine step: time in s, tokens so far, requests started and ended."""
+
+    times: list[float] = field(default_factory=list)
+    tokens: list[int] = field(default_factory=list)
+    started: list[int] = field(default_factory=list)
+    ended: list[int] = field(default_factory=list)
+
+    @property
+    def peak(self) -> int:
+        """Most requests that generated at the same time."""
+        return max(s - e for s, e in zip(self.started, self.ended, strict=True))
+
+    def window(self, requests: int) -> tuple[int, int] | None:
+        """First and last step of the stretch in which all requests generate, or None."""
+        first = next((i for i, count in enumerate(self.started) if count == requests), None)
+        if first is None or self.ended[first]:
+            return None
+        last = max(i for i, count in enumerate(self.ended) if not count)
+        return (first, last) if last > first else None
+
+
+@dataclass(frozen=True)
+class Decode:
+    """Decode speed of one batch; `rates` are tok/s of consecutive parts of the window."""
+
+    requests: int
+    peak: int
+    preemptions: int
+    hit_share: float
+    tokens: int
+    seconds: float
+    rates: list[float]
+    step_seconds: list[float]
+
+    @classmethod
+    def of(cls, trace: Trace, requests: int, preemptions: int, hit_share: float) -> Decode:
+        """Reduce a trace; raises RuntimeError if the requests never all generated at once."""
+        window = trace.window(requests)
+        if window is None:
+            raise RuntimeError(
+                f"{requests} requests never generated all at once (at most {trace.peak}, "
+                f"{preemptions} preemptions). Ask for more output tokens or fewer requests."
+            )
+        first, last = window
+        times, tokens = trace.times[first : last + 1], trace.tokens[first : last + 1]
+        parts = min(SEGMENTS, last - first)
+        cuts = [round(i * (len(times) - 1) / parts) for i in range(parts + 1)]
+        return cls(
+            requests=requests,
+            peak=trace.peak,
+            preemptions=preemptions,
+            hit_share=hit_share,
+            tokens=tokens[-1] - tokens[0],
+            seconds=times[-1] - times[0],
+            rates=[(tokens[b] - tokens[a]) / (times[b] - times[a]) for a, b in pairwise(cuts)],
+            step_seconds=quantiles([b - a for a, b in pairwise(times)]),
+        )
+
+
+def quantiles(values: Sequence[float]) -> list[float]:
+    """The 50 % and 99 % quantiles, nearest rank."""
+    ordered = sorted(values)
+    return [statistics.median(ordered), ordered[min(len(ordered) - 1, int(0.99 * len(ordered)))]]
+
+
+class Driver:
+    """Feeds requests to a vLLM engine and watches its steps."""
+
+    def __init__(self, engine: Any) -> None:
+        self.engine = engine
+        self.count = 0
+
+    def counter(self, name: str) -> int:
+        """Value of one of vLLM's counters."""
+        return sum(metric.value for metric in self.engine.get_metrics() if metric.name == name)
+
+    def run(
+        self,
+        prompts: Sequence[Sequence[int]],
+        output_tokens: int,
+        *,
+        window_tokens: int | None = None,
+        seconds: float = float("inf"),
+    ) -> Trace:
+        """Generate until all requests end, or the window has had its tokens or its time.
+
+        Parameters
+        ----------
+        prompts : sequence of token ids
+            One request each.
+        output_tokens : int
+            Tokens of each answer; end-of-sequence tokens are ignored.
+        window_tokens : int, optional
+            Stop when this many tokens per request came while all requests generated.
+        seconds : float
+            Stop when all requests have generated for this long.
+
+        Returns
+        -------
+        Trace
+        """
+        from vllm import SamplingParams  # noqa: TID251
+        from vllm.sampling_params import RequestOutputKind  # noqa: TID251
+
+        parameters = SamplingParams(
+            temperature=0.0,
+            max_tokens=output_tokens,
+            ignore_eos=True,
+            detokenize=False,
+            output_kind=RequestOutputKind.DELTA,
+        )
+        names = []
+        for prompt in prompts:
+            names.append(f"request-{self.count}")
+            self.count += 1
+            self.engine.add_request(names[-1], {"prompt_token_ids": list(prompt)}, parameters)
+        trace, started, ended, tokens = Trace(), set(), 0, 0
+        while self.engine.has_unfinished_requests():
+            for output in self.engine.step():
+                new = len(output.outputs[0].token_ids)
+                tokens += new
+                ended += output.finished
+                if new:
+                    started.add(output.request_id)
+            trace.times.append(time.monotonic())
+            trace.tokens.append(tokens)
+            trace.started.append(len(started))
+            trace.ended.append(ended)
+            window = trace.window(len(prompts))
+            if window is not None:
+                first, last = window
+                enough = window_tokens is not None and (
+                    trace.tokens[last] - trace.tokens[first] >= window_tokens * len(prompts)
+                )
+                if enough or trace.times[last] - trace.times[first] >= seconds:
+                    self.engine.abort_request(names)
+        return trace
+
+    def decode(self, prompts: Sequence[Sequence[int]], output_tokens: int, **stop: Any) -> Decode:
+        """Run and reduce to decode speed, preemptions and the share of prompt tokens hit."""
+        names = ("vllm:num_preemptions", "vllm:prefix_cache_hits", "vllm:prefix_cache_queries")
+        before = [self.counter(name) for name in names]
+        trace = self.run(prompts, output_tokens, **stop)
+        preempted, hit, asked = (
+            self.counter(name) - value for name, value in zip(names, before, strict=True)
+        )
+        return Decode.of(trace, len(prompts), preempted, hit / max(asked, 1))
+
+
+def start_engine(plan: Plan) -> Any:
+    """Start vLLM's engine as its own offline interface does."""
+    from vllm import EngineArgs  # noqa: TID251
+    from vllm.usage.usage_lib import UsageContext  # noqa: TID251
+    from vllm.v1.engine.llm_engine import LLMEngine  # noqa: TID251
+
+    context = UsageContext.LLM_CLASS
+    config = EngineArgs(**plan.engine).create_engine_config(context)
+    if plan.flash_attn_version is not None:
+        config.attention_config.flash_attn_version = plan.flash_attn_version
+    return LLMEngine.from_vllm_config(config, usage_context=context)
+
+
+def measure_arm(plan: Plan, began: float) -> dict[str, Any]:
+    """Start the engine and measure everything.
+
+    Parameters
+    ----------
+    plan : Plan
+        What to measure.
+    began : float
+        When this process started, on the monotonic clock.
+
+    Returns
+    -------
+    dict
+        Ready for JSON.
+    """
+    engine = start_engine(plan)
+    startup = time.monotonic() - began
+    config = engine.vllm_config
+    cache, vocabulary = config.cache_config, config.model_config.get_vocab_size()
+
+    def fits(num_tokens: int) -> int:
+        return requests_that_fit(
+            pages=cache.num_gpu_blocks,
+            page_size=cache.block_size,
+            cache_dtype=cache.cache_dtype,
+            num_tokens=num_tokens,
+            head_dim=config.model_config.get_head_size(),
+        )
+
+    longest = plan.prompt_tokens + plan.output_tokens
+    batch = min(fits(longest), plan.engine["max_num_seqs"])
+    found: dict[str, Any] = {
+        "startup_seconds": startup,
+        "pages": cache.num_gpu_blocks,
+        "page_size": cache.block_size,
+        "requests_that_fit": fits(longest),
+        "tokens_per_request": longest,
+    }
+    driver = Driver(engine)
+    prompts = plan.prompts(max(plan.requests, batch, WARM_UP[0]), vocabulary)
+
+    driver.run([list(reversed(p)) for p in prompts[: WARM_UP[0]]], WARM_UP[1])
+    engine.reset_prefix_cache()
+
+    equal = prompts[: plan.requests]
+    start = time.monotonic()
+    driver.run(equal, 1)
+    found["prefill_tokens"] = sum(map(len, equal))
+    found["prefill_seconds"] = time.monotonic() - start
+    limit = {"seconds": plan.decode_seconds}
+    found["equal"] = asdict(driver.decode(equal, plan.output_tokens, **limit))
+
+    if plan.capacity_tokens:
+        # early requests must still generate when the last one has been prefilled
+        budget = plan.engine["max_num_batched_tokens"] - batch
+        prefill_steps = -(-batch * plan.capacity_tokens // budget)
+        output = prefill_steps + plan.output_tokens + SPARE_STEPS
+        batch = min(batch, fits(plan.capacity_tokens + output))
+        full = [prompt[: plan.capacity_tokens] for prompt in prompts[:batch]]
+        stop = {"window_tokens": plan.output_tokens, **limit}
+        found["capacity"] = asdict(driver.decode(full, output, **stop))
+        found["capacity"]["prompt_tokens"] = plan.capacity_tokens
+    engine.engine_core.shutdown()
+    return found
+
+
+def main(plan_file: str, result_file: str, began: float) -> None:
+    """Measure the arm of a plan file and write the result file."""
+    plan = Plan(**json.loads(Path(plan_file).read_text(encoding="utf-8")))
+    found = measure_arm(plan, began)
+    Path(result_file).write_text(json.dumps(found, indent=1, allow_nan=False), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], sys.argv[2], time.monotonic())

@@ -1,0 +1,305 @@
+"""Speed and capacity of a model with several caches, one engine after the other.
+
+Each arm is a child process (`engine_bench.py`) that starts vLLM's engine and measures start-up, the
+pool, prefill, decode of an equal batch, and decode of as many requests as fit. Its figures are
+written as soon as it ends, so an arm that fails later takes nothing with it.
+
+Weights may be random (``load_format="dummy"``): speed does not depend on their values.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import subprocess
+import sys
+import time
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from kvarn_eval.engine_bench import Plan
+from kvarn_eval.schema import (
+    Arm,
+    Model,
+    Run,
+    describe_run,
+    find_gpus,
+)
+from kvarn_eval.server import OFFLINE, child, tail
+from kvarn_eval.throughput_gates import REFERENCE, TESTED, gates, measurements
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from pathlib import Path
+
+CHILD = (sys.executable, "-m", "kvarn_eval.engine_bench")
+REPORTED = re.compile(r"KV cache size: ([\d,]+) tokens")
+FLASH_ATTENTION = "flash_attn_version"
+
+
+@dataclass(frozen=True)
+class Cache:
+    """A cache dtype, and the model dtype it needs if not that of the comparison."""
+
+    kv_cache_dtype: str
+    dtype: str | None = None
+
+
+CACHES = {
+    REFERENCE: Cache("auto"),
+    "fp8": Cache("fp8", dtype="bfloat16"),  # FlashAttention 3 answers fp8 queries in bf16 only
+    "turboquant": Cache("turboquant_4bit_nc"),
+    TESTED: Cache("kvarn_k4v2_g128"),
+}
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What is compared.
+
+    Parameters
+    ----------
+    model : str
+        Folder or name of a model; any that vLLM serves.
+    arms : tuple of str
+        Names in `CACHES`.
+    kv_cache_dtype : str
+        Preset of the tested arm.
+    dtype : str
+        Model dtype; fp8 uses bf16.
+    prompt_tokens, requests, output_tokens : int
+        The equal batch.
+    capacity_tokens : int
+        Prompt length of the run with as many requests as fit, at most `prompt_tokens`; 0 skips it.
+    decode_seconds : float
+        Longest time of one decode measurement.
+    engine : dict
+        Further arguments of vLLM's ``EngineArgs``, for all arms.
+    turboquant_flash_attention : int, optional
+        FlashAttention version of the TurboQuant arm in place of the 2 that vLLM sets.
+    environment : dict
+        Environment variables for the engines.
+    arm_seconds : float
+        An arm that takes longer is ended.
+    """
+
+    model: str
+    arms: tuple[str, ...] = tuple(CACHES)
+    kv_cache_dtype: str = CACHES[TESTED].kv_cache_dtype
+    dtype: str = "float16"
+    prompt_tokens: int = 16_000
+    requests: int = 16
+    output_tokens: int = 256
+    capacity_tokens: int = 16_000
+    decode_seconds: float = 30.0
+    engine: dict[str, Any] = field(default_factory=dict)
+    turboquant_flash_attention: int | None = None
+    environment: dict[str, str] = field(default_factory=dict)
+    arm_seconds: float = 900.0
+
+    def __post_init__(self) -> None:
+        if unknown := set(self.arms) - set(CACHES):
+            raise ValueError(f"Unknown arm {min(unknown)}. Choose of {', '.join(CACHES)}.")
+        if self.capacity_tokens > self.prompt_tokens:
+            raise ValueError(
+                f"capacity_tokens {self.capacity_tokens} exceeds prompt_tokens "
+                f"{self.prompt_tokens}. Prompts of the capacity run are cut from the others."
+            )
+
+    def cache(self, arm: str) -> Cache:
+        """Cache of an arm."""
+        return Cache(self.kv_cache_dtype) if arm == TESTED else CACHES[arm]
+
+    def plan(self, arm: str) -> Plan:
+        """What the child process of an arm is told."""
+        cache = self.cache(arm)
+        return Plan(
+            engine={
+                "model": self.model,
+                "dtype": cache.dtype or self.dtype,
+                "kv_cache_dtype": cache.kv_cache_dtype,
+                "skip_tokenizer_init": True,
+                "enable_prefix_caching": True,
+                **self.engine,
+            },
+            flash_attn_version=self.turboquant_flash_attention if arm == "turboquant" else None,
+            prompt_tokens=self.prompt_tokens,
+            requests=self.requests,
+            output_tokens=self.output_tokens,
+            capacity_tokens=self.capacity_tokens,
+            decode_seconds=self.decode_seconds,
+        )
+
+    def describe(self, arm: str) -> Arm:
+        """The arm as the result states it."""
+        plan = self.plan(arm)
+        options = [f"{name}={value}" for name, value in sorted(plan.engine.items())]
+        if plan.flash_attn_version is not None:
+            options.append(f"{FLASH_ATTENTION}={plan.flash_attn_version}")
+        variables = {**os.environ, **self.environment}
+        options += [f"{k}={v}" for k, v in sorted(variables.items()) if k.startswith("VLLM_")]
+        return Arm(kv_cache_dtype=self.cache(arm).kv_cache_dtype, options=options)
+
+
+def measure_arm(
+    settings: Settings, arm: str, out: Path, command: tuple[str, ...] = CHILD
+) -> dict[str, Any]:
+    """Run one arm in a child process and write ``arm-<name>.json``.
+
+    Parameters
+    ----------
+    settings : Settings
+        What is compared.
+    arm : str
+        Which arm.
+    out : Path
+        Existing folder for plan, log and figures.
+    command : tuple of str
+        Program that takes a plan file and a result file.
+
+    Returns
+    -------
+    dict
+        Figures of `engine_bench.measure_arm`, with ``reported_tokens`` from the engine's log, the
+        GPUs and the plan.
+
+    Raises
+    ------
+    RuntimeError
+        If the child fails or takes too long; the message holds the end of its log.
+    """
+    plan_file, log, raw = out / f"plan-{arm}.json", out / f"engine-{arm}.log", _raw(out, arm)
+    plan = vars(settings.plan(arm))
+    plan_file.write_text(json.dumps(plan, indent=1), encoding="utf-8")
+    raw.unlink(missing_ok=True)
+    environment = {**os.environ, **OFFLINE, **settings.environment}
+    with child([*command, str(plan_file), str(raw)], log, environment) as process:
+        try:
+            status = process.wait(timeout=settings.arm_seconds)
+        except subprocess.TimeoutExpired:
+            status = None
+    if status != 0 or not raw.exists():
+        what = "took too long" if status is None else f"ended with status {status}"
+        raise RuntimeError(f"Arm {arm} {what}. Its log, {log}, ends with:\n{tail(log)}")
+    found: dict[str, Any] = json.loads(raw.read_text(encoding="utf-8"))
+    sizes = REPORTED.findall(log.read_text(encoding="utf-8", errors="replace"))
+    found["reported_tokens"] = int(sizes[-1].replace(",", "")) if sizes else None
+    found["gpus"] = _gpus()
+    found["plan"] = plan
+    raw.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+    return found
+
+
+def earlier(settings: Settings, arm: str, out: Path) -> dict[str, Any] | None:
+    """Figures of an arm that an earlier run left in `out`, or None.
+
+    Raises
+    ------
+    ValueError
+        If they were made with another plan or on another machine.
+    """
+    raw = _raw(out, arm)
+    if not raw.exists():
+        return None
+    found: dict[str, Any] = json.loads(raw.read_text(encoding="utf-8"))
+    if "plan" not in found:
+        return None  # its child ended, its parent did not
+    if found["plan"] != vars(settings.plan(arm)):
+        raise ValueError(f"{raw} was made with other settings. Remove it or choose another folder.")
+    then, now = ([gpu["name"] for gpu in gpus] for gpus in (found["gpus"], _gpus()))
+    if then != now:
+        raise ValueError(f"{raw} was made on {then or 'no GPU'}; this machine has {now or 'none'}.")
+    return found
+
+
+def run_throughput(
+    settings: Settings,
+    out: Path,
+    progress: Callable[[str, int, int], None],
+    *,
+    reuse: bool = False,
+    command: tuple[str, ...] = CHILD,
+) -> tuple[Run, list[str]]:
+    """Measure all arms and compare them.
+
+    Parameters
+    ----------
+    settings : Settings
+        What is compared.
+    out : Path
+        Existing folder; ``result.json`` is written anew after each arm.
+    progress : callable
+        Receives what happens, steps done and steps in total.
+    reuse : bool
+        Take figures of arms that an earlier run with the same settings left in `out`.
+    command : tuple of str
+        As in `measure_arm`.
+
+    Returns
+    -------
+    run : Run
+        The arms that could be measured, and the gates between them.
+    errors : list of str
+        What happened to the others.
+
+    Raises
+    ------
+    RuntimeError
+        If no arm could be measured.
+    ValueError
+        If figures to be reused do not fit.
+    """
+    began = time.monotonic()
+    found: dict[str, dict[str, Any]] = {}
+    errors: list[str] = []
+    model = Model(name=settings.model, weights_sha256=None, dtype=settings.dtype)
+    header = describe_run("throughput", _digest(settings), model)
+    run = None
+    for done, arm in enumerate(settings.arms):
+        progress(f"engines, {arm}", done, len(settings.arms))
+        figures = earlier(settings, arm, out) if reuse else None
+        try:
+            found[arm] = figures or measure_arm(settings, arm, out, command)
+        except RuntimeError as error:
+            errors.append(str(error))
+            continue
+        run = assemble(header, settings, found, time.monotonic() - began)
+        run.save(out / "result.json")
+    progress("engines", len(settings.arms), len(settings.arms))
+    if run is None:
+        raise RuntimeError("\n".join(errors))
+    return run, errors
+
+
+def assemble(
+    header: dict[str, object],
+    settings: Settings,
+    found: dict[str, dict[str, Any]],
+    seconds: float,
+) -> Run:
+    """The result of the arms measured so far."""
+    measured = [m for arm, figures in found.items() for m in measurements(arm, figures)]
+    return Run.model_validate(
+        {
+            **header,
+            "seconds": round(seconds, 1),
+            "arms": {arm: settings.describe(arm) for arm in found},
+            "measurements": measured,
+            "gates": gates({m.key: m for m in measured}, speed=bool(find_gpus())),
+        }
+    )
+
+
+def _raw(out: Path, arm: str) -> Path:
+    return out / f"arm-{arm}.json"
+
+
+def _gpus() -> list[dict[str, Any]]:
+    return [gpu.model_dump() for gpu in find_gpus()]
+
+
+def _digest(settings: Settings) -> str:
+    plans = [vars(settings.plan(arm)) for arm in settings.arms]
+    return hashlib.sha256(json.dumps(plans, sort_keys=True).encode()).hexdigest()

@@ -1,0 +1,135 @@
+"""What the figures of the throughput comparison mean: measurements, and what must be reached."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from kvarn_eval.schema import Gate, Measurement, Unit, Verdict, measure
+
+REFERENCE, TESTED = "fp16", "kvarn"
+CAPACITY = ("pool_tokens", "reported_tokens", "requests_that_fit")  # what no GPU is needed for
+LONG = 16_000  # tokens of a request from which on the limits are required
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What the tested arm must reach, as a multiple of the reference unless a unit is given."""
+
+    pool_tokens: float = 4.65
+    reported_tokens: float = 4.3
+    requests_that_fit: float = 4.2
+    prefill: float = 0.97
+    decode_equal: float = 1.05
+    decode_capacity: float = 2.0
+    startup_seconds: float = 60.0  # more than the reference, s
+
+
+def measurements(arm: str, figures: dict[str, Any]) -> list[Measurement]:
+    """Measurements of one arm from the figures of its child process."""
+    raw = f"arm-{arm}.json"
+    longest = {"tokens": figures["tokens_per_request"]}
+    plan = figures["plan"]
+    prefill = figures["prefill_tokens"] / figures["prefill_seconds"]
+    burst = {"requests": plan["requests"], "tokens": plan["prompt_tokens"]}
+    pool = figures["pages"] * figures["page_size"]
+    found = [
+        measure("startup", arm, Unit.SECONDS, figures["startup_seconds"], better="lower"),
+        measure("pool_tokens", arm, Unit.TOKENS, pool, better="higher"),
+        measure(
+            "requests_that_fit",
+            arm,
+            Unit.REQUESTS,
+            figures["requests_that_fit"],
+            better="higher",
+            context=longest,
+        ),
+        measure(
+            "prefill",
+            arm,
+            Unit.TOKENS_PER_SECOND,
+            prefill,
+            better="higher",
+            context=burst,
+            raw=raw,
+        ),
+    ]
+    if figures["reported_tokens"] is not None:
+        reported = figures["reported_tokens"]
+        found.insert(2, measure("reported_tokens", arm, Unit.TOKENS, reported, better="higher"))
+    for part in ("equal", "capacity"):
+        if part in figures:
+            found += _decode(f"decode_{part}", arm, figures[part], raw)
+    return found
+
+
+def _decode(name: str, arm: str, figures: dict[str, Any], raw: str) -> list[Measurement]:
+    context = {
+        key: figures[key]
+        for key in ("requests", "peak", "preemptions", "hit_share", "tokens", "seconds")
+    }
+    context["prompt_tokens"] = figures.get("prompt_tokens")
+    middle, worst = figures["step_seconds"]
+    speed = measure(
+        name,
+        arm,
+        Unit.TOKENS_PER_SECOND,
+        figures["rates"],
+        better="higher",
+        context=context,
+        raw=raw,
+    )
+    return [
+        speed,
+        measure(f"{name}.requests", arm, Unit.REQUESTS, figures["peak"], better="higher"),
+        measure(f"{name}.preemptions", arm, Unit.COUNT, figures["preemptions"], better="lower"),
+        measure(f"{name}.step_p50", arm, Unit.SECONDS, middle, better="lower"),
+        measure(f"{name}.step_p99", arm, Unit.SECONDS, worst, better="lower"),
+    ]
+
+
+def gates(
+    measured: dict[str, Measurement], *, speed: bool, limits: Limits | None = None
+) -> list[Gate]:
+    """Rules between the tested arm and the reference, for what both were measured on.
+
+    Parameters
+    ----------
+    measured : dict of str to Measurement
+        By `Measurement.key`.
+    speed : bool
+        Whether speed is required; it is not without a GPU.
+    limits : Limits, optional
+        What must be reached.
+
+    Returns
+    -------
+    list of Gate
+    """
+    found = []
+    # the limits are those of long requests: the header of a short one weighs more
+    long = any(int(m.context.get("tokens") or 0) >= LONG for m in measured.values())
+    for name, limit in vars(limits or Limits()).items():
+        difference = name == "startup_seconds"
+        quantity = "startup" if difference else name
+        keys = [f"{arm}:{quantity}" for arm in (TESTED, REFERENCE)]
+        if not all(key in measured for key in keys):
+            continue
+        tested, reference = (measured[key].median for key in keys)
+        value = tested - reference if difference else tested / max(reference, 1e-9)
+        holds = value <= limit if difference else value >= limit
+        sign = "-" if difference else "/"
+        found.append(
+            Gate(
+                name=name,
+                rule=f"{quantity}({TESTED}) {sign} {quantity}({REFERENCE}) "
+                f"{'<=' if difference else '>='} limit",
+                value=value,
+                limit=limit,
+                required=long and (speed or name in CAPACITY),
+                verdict=Verdict.PASS if holds else Verdict.FAIL,
+                reason=f"{tested:,.6g} against {reference:,.6g} {measured[keys[0]].unit.value}",
+                evidence=keys,
+            )
+        )
+    return found
