@@ -20,15 +20,15 @@ ENGINES = ("reference", "triton")
 TRITON_CAPABILITY = (8, 0)  # the oldest GPU whose tensor cores the kernels can use
 
 
-def select(device: torch.device, layout: RecordLayout, engine: str | None = None) -> str:
+def select(device: torch.device, layout: RecordLayout | None, engine: str | None = None) -> str:
     """Choose the engine of an operation.
 
     Parameters
     ----------
     device : torch.device
         Where the cache lives.
-    layout : RecordLayout
-        Byte layout of the preset.
+    layout : RecordLayout, optional
+        Byte layout of the preset; None for an operation without records.
     engine : str, optional
         ``"reference"`` or ``"triton"`` forces one; None takes Triton where a GPU can run it.
 
@@ -54,12 +54,12 @@ def select(device: torch.device, layout: RecordLayout, engine: str | None = None
         usable = device.type == "cuda" and _obstacle(device, layout) is None
         return "triton" if usable else "reference"
     if engine == "triton" and (obstacle := _obstacle(device, layout)):
-        error = ValueError if layout.preset.is_debug else RuntimeError
+        error = ValueError if layout and layout.preset.is_debug else RuntimeError
         raise error(f"The triton engine cannot run: {obstacle}. Use the reference engine.")
     return engine
 
 
-def explain(device: torch.device, layout: RecordLayout, engine: str | None = None) -> str:
+def explain(device: torch.device, layout: RecordLayout | None, engine: str | None = None) -> str:
     """Say in one sentence which engine `select` chooses and why; same parameters and errors."""
     chosen = select(device, layout, engine)
     if engine is not None:
@@ -69,9 +69,9 @@ def explain(device: torch.device, layout: RecordLayout, engine: str | None = Non
     return f"The reference engine runs on {device}, because {_obstacle(device, layout)}."
 
 
-def _obstacle(device: torch.device, layout: RecordLayout) -> str | None:
+def _obstacle(device: torch.device, layout: RecordLayout | None) -> str | None:
     """Why Triton kernels cannot run, as a clause, or None."""
-    if layout.preset.is_debug:
+    if layout and layout.preset.is_debug:
         return f"{layout.preset.name} stores fp32 rows, which no kernel reads"
     if not _triton_installed():
         return "the package triton is not installed"

@@ -135,8 +135,8 @@ def test_a_row_does_not_depend_on_the_batch_nor_on_foreign_bytes(data: st.DataOb
     clean.poison_unused(0x3C)
     for i, n in enumerate(tokens):
         alone = decode(
-            query[i : i + 1], clean.cache, clean.page_table[i : i + 1], torch.tensor([n]),
-            layout=SMALL, sm_scale=64**-0.5,
+            query[i : i + 1], clean.cache, clean.page_table[i : i + 1],
+            torch.tensor([n], dtype=torch.int32), layout=SMALL, sm_scale=64**-0.5,
         )  # fmt: skip
         for got, want in zip(together, alone, strict=True):
             assert_same_bits(got[i : i + 1], want)

@@ -1,12 +1,14 @@
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
 
 from kvarn_core.layout import HIT_COLUMN, SINK_COLUMN, RecordLayout
-from kvarn_core.ops.gather import gather
-from kvarn_core.rotation import exact_rows
+from kvarn_core.ops.gather import gather, rotate_rows
+from kvarn_core.rotation import exact_rows, rotate
 from kvarn_core.spec import DEBUG_PRESETS, PRESETS
 from kvarn_core.testing import naive
 from kvarn_core.testing.compare import assert_same_bits
@@ -28,7 +30,7 @@ def _stored(
 
 
 def _gather(
-    paging: Paging, lengths: list[int], positions: list[int], **options: torch.dtype
+    paging: Paging, lengths: list[int], positions: list[int], **options: Any
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     where = (torch.tensor(lengths, dtype=torch.int32), torch.tensor(positions, dtype=torch.int32))
     return gather(paging.cache, paging.page_table, *where, layout=paging.layout, **options)
@@ -55,6 +57,33 @@ def test_a_prefix_may_be_read_shorter_than_its_records() -> None:
         part = _gather(paging, [length], [399])
         for got, want in zip(part[:2], whole[:2], strict=True):
             assert_same_bits(got, want[:length])
+
+
+@pytest.mark.parametrize("first", [0, 1, 10, 11, 63, 64, 65, 255, 256, 300])
+def test_a_run_may_start_anywhere(first: int) -> None:
+    paging = _stored(SMALL, 400)
+    whole = _gather(paging, [400], [399])
+    starts = torch.tensor([first], dtype=torch.int32)
+    for stop in (first + 1, 320, 321, 400):
+        part = _gather(paging, [stop - first], [399], starts=starts)
+        for got, want in zip(part[:2], whole[:2], strict=True):
+            assert_same_bits(got, want[first:stop])
+
+
+def test_given_tensors_are_filled_and_returned() -> None:
+    paging = _stored(SMALL, 100)
+    out = (torch.zeros(103, 2, 64), torch.zeros(103, 2, 64))
+    bounds = torch.tensor([0, 100], dtype=torch.int32)
+    want = _gather(paging, [100], [99])
+    key, value, got_bounds = _gather(
+        paging, [100], [99], out=out, cu_seqlens_k=bounds, max_context_len=100
+    )
+    assert key is out[0]
+    assert value is out[1]
+    assert got_bounds is bounds
+    for got, expected in zip(out, want[:2], strict=True):
+        assert_same_bits(got[:100], expected)
+        assert not got[100:].any()
 
 
 def test_a_query_in_the_past_of_the_ring_sees_exact_rows() -> None:
@@ -88,8 +117,11 @@ def test_requests_follow_one_another_and_empty_ones_read_nothing() -> None:
         key, value = (draw("gaussian", (tokens, 2, 64), seed=i + j) for j in (0, 9))
         store_sequence(paging, i, key, value, [tokens])
     alone = [
-        gather(paging.cache, paging.page_table[i : i + 1], torch.tensor([n]), torch.tensor([n - 1]),
-               layout=SMALL)
+        gather(
+            paging.cache, paging.page_table[i : i + 1],
+            torch.tensor([n], dtype=torch.int32), torch.tensor([n - 1], dtype=torch.int32),
+            layout=SMALL,
+        )
         for i, n in ((0, 300), (2, 130))
     ]  # fmt: skip
     paging.page_table[1] = 10**6  # a padded row names no page
@@ -131,6 +163,14 @@ def test_the_result_dtype_rounds_once(dtype: torch.dtype) -> None:
         assert_same_bits(got, want.to(dtype))
 
 
+def test_a_fused_multiply_add_would_give_the_same_bits() -> None:
+    """A code times an fp16 scale is exact in fp32, so kernels may fuse the addition or not."""
+    scale = torch.arange(2**16, dtype=torch.int32).to(torch.int16).view(torch.float16)
+    scale = scale[scale.isfinite()]
+    code = torch.arange(16)[:, None]
+    assert torch.equal((code * scale.float()).double(), code * scale.double())
+
+
 def test_the_debug_preset_returns_rotated_rows() -> None:
     layout = RecordLayout(DEBUG_PRESETS["kvarn_debug32_g64"], 64)
     paging = _stored(layout, 333)
@@ -149,3 +189,62 @@ def test_the_naive_view_tells_records_from_exact_rows() -> None:
     without = naive.view(paging.cache.numpy(), table, 200, 199, **sizes)
     changed = np.unique(np.nonzero(with_sink[0] != without[0])[0])
     assert changed.tolist() == list(range(SMALL.sink_rows))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32], ids=str)
+def test_rotating_rows_rounds_once_and_may_work_in_place(dtype: torch.dtype) -> None:
+    x = draw("gaussian", (9, 3, 128), seed=4).to(dtype)
+    want = rotate(x).to(dtype)
+    assert_same_bits(rotate_rows(x), want)
+    assert rotate_rows(x, out=x) is x
+    assert_same_bits(x, want)
+
+
+def test_rotated_rows_saturate_in_fp16() -> None:
+    assert rotate_rows(torch.full((1, 1, 64), 65504.0).half())[0, 0, 0] == 65504
+
+
+LISTS = {"context_lens": torch.zeros(1, dtype=torch.int32), "positions": torch.zeros(1).int()}
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"context_lens": torch.zeros(1, dtype=torch.int64)}, "context_lens has dtype torch.int64"),
+        ({"positions": torch.zeros(2, dtype=torch.int32)}, "positions has dtype .* and 2 rows"),
+        ({"page_table": torch.zeros(1, 30)}, "page_table has dtype torch.float32"),
+        ({"cache": torch.zeros(4, 2, 100, dtype=torch.uint8)}, "cache has dtype .* Pass uint8"),
+        ({"cache": torch.zeros(4, 4, 3840, dtype=torch.uint8)[:, ::2]}, "cache has strides"),
+        ({"out": (torch.zeros(5, 2, 64), torch.zeros(4, 2, 64))}, "out has shapes"),
+        ({"out": (torch.zeros(5, 64, 2).mT, torch.zeros(5, 64, 2).mT)}, "out is not contiguous"),
+        ({"engine": "fast"}, "no engine 'fast'"),
+    ],
+    ids=lambda x: "" if isinstance(x, str) else next(iter(x)),
+)
+def test_a_wrong_argument_of_gather_is_named(change: dict[str, Any], message: str) -> None:
+    layout = RecordLayout(PRESETS["kvarn_k4v2_g64"], 64)
+    arguments = {
+        "cache": torch.zeros(4, 2, layout.record_bytes, dtype=torch.uint8),
+        "page_table": torch.zeros(1, 30, dtype=torch.int32),
+        **LISTS,
+    }
+    with pytest.raises(ValueError, match=message):
+        gather(**{**arguments, **change}, layout=layout)
+
+
+@pytest.mark.parametrize(
+    ("x", "out", "message"),
+    [
+        (torch.zeros(4, 96), None, "x has shape"),
+        (torch.zeros(4, 2, 96), None, "x has shape"),
+        (torch.zeros(4, 2, 64), torch.zeros(4, 2, 64).half(), "out has dtype"),
+        (torch.zeros(4, 64, 2).mT, None, "x has strides"),
+        (torch.zeros(4, 2, 66)[:, :, :64], None, "x has strides"),
+        (torch.zeros(4, 2, 64), torch.zeros(4, 64, 2).mT, "out has strides"),
+    ],
+)
+def test_a_wrong_argument_of_rotate_rows_is_named(
+    x: torch.Tensor, out: torch.Tensor | None, message: str
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        rotate_rows(x, out=out)

@@ -53,8 +53,9 @@ def _records(paging: Paging, request: int, tokens: int) -> torch.Tensor:
 
 def _seen(paging: Paging, request: int, tokens: int) -> tuple[torch.Tensor, torch.Tensor]:
     key, value, _ = gather(
-        paging.cache, paging.page_table[request : request + 1], torch.tensor([tokens]),
-        torch.tensor([tokens - 1]), layout=paging.layout,
+        paging.cache, paging.page_table[request : request + 1],
+        torch.tensor([tokens], dtype=torch.int32), torch.tensor([tokens - 1], dtype=torch.int32),
+        layout=paging.layout,
     )  # fmt: skip
     return key, value
 

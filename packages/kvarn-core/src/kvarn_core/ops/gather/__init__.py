@@ -1,4 +1,4 @@
-"""Pages to contiguous keys and values, as one query position sees them."""
+"""Pages to contiguous keys and values, as one query position sees them; rotation of rows."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from kvarn_core.dispatch import select
+from kvarn_core.layout import HEAD_DIMS
 from kvarn_core.ops.gather import reference
 
 if TYPE_CHECKING:
@@ -20,8 +22,13 @@ def gather(
     *,
     layout: RecordLayout,
     dtype: torch.dtype = torch.float32,
+    starts: torch.Tensor | None = None,
+    cu_seqlens_k: torch.Tensor | None = None,
+    max_context_len: int | None = None,
+    out: tuple[torch.Tensor, torch.Tensor] | None = None,
+    engine: str | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Read the first tokens of each request the way a query at a given position sees them.
+    """Read a run of tokens of each request the way a query at a given position sees them.
 
     A query at position p reads the sink rows (tokens < S0, if the request has a sink page and any
     tile is packed), records of the other tokens of tiles below ``layout.packed_tiles(p, hits)``,
@@ -30,38 +37,156 @@ def gather(
     Parameters
     ----------
     cache : Tensor [P, Hkv, layout.record_bytes], uint8
-        Pages. Read only.
+        Pages; a page may be followed by a gap. Read only.
     page_table : Tensor [B, max_pages], int32
         Header and record pages per request.
     context_lens : Tensor [B], int32
-        Tokens to read of each request; at most p + 1 of them exist in the cache.
+        Tokens to read of each request; 0 marks a padded row.
     positions : Tensor [B], int32
         Query position p of each request; decides what is packed and what is exact.
     layout : RecordLayout
         Byte layout of the preset.
     dtype : torch.dtype
-        Result dtype; arithmetic is fp32.
+        Result dtype, unless `out` is given; arithmetic is fp32, fp16 saturates.
+    starts : Tensor [B], int32, optional
+        First token to read of each request, 0 by default. ``starts + context_lens <= p + 1``.
+    cu_seqlens_k : Tensor [B + 1], int32, optional
+        Prefix sum of `context_lens`, computed if absent.
+    max_context_len : int, optional
+        At least the largest of `context_lens`, in tokens.
+    out : (Tensor, Tensor), [N, Hkv, D], optional
+        Contiguous, fp16, bf16 or fp32, N at least ``sum(context_lens)``. Later rows stay as they
+        are.
+    engine : str, optional
+        Forces an engine, see `kvarn_core.dispatch`.
 
     Returns
     -------
     key, value : Tensor [sum(context_lens), Hkv, D], `dtype`
-        Rotated rows, request after request.
+        Rotated rows, request after request; `out` itself if it was given.
     cu_seqlens_k : Tensor [B + 1], int32
         Prefix sum of `context_lens`.
+
+    Raises
+    ------
+    ValueError
+        If a shape, dtype or stride disagrees with `layout`; the message names the argument.
+
+    Notes
+    -----
+    With `cu_seqlens_k`, `max_context_len` and `out` given, the Triton engine neither allocates nor
+    waits for the device. All engines give the same bits.
 
     References
     ----------
     docs/explanation/paging.md.
     """
-    cu_seqlens_k = torch.zeros(len(context_lens) + 1, dtype=torch.int32, device=cache.device)
-    cu_seqlens_k[1:] = context_lens.cumsum(0)
-    starts = cu_seqlens_k.tolist()
-    shape = (starts[-1], cache.shape[1], layout.head_dim)
-    key, value = (torch.empty(shape, dtype=dtype, device=cache.device) for _ in range(2))
-    for row, position in enumerate(positions.tolist()):
-        rows = slice(starts[row], starts[row + 1])
-        if rows.start < rows.stop:
-            reference.gather_request(
-                cache, page_table[row], position, layout, key[rows], value[rows]
-            )
+    _check(cache, page_table, layout, context_lens=context_lens, positions=positions, starts=starts)
+    if cu_seqlens_k is None:
+        cu_seqlens_k = torch.zeros(len(context_lens) + 1, dtype=torch.int32, device=cache.device)
+        torch.cumsum(context_lens, 0, dtype=torch.int32, out=cu_seqlens_k[1:])
+    if out is None:
+        shape = (int(cu_seqlens_k[-1]), cache.shape[1], layout.head_dim)
+        key, value = (torch.empty(shape, dtype=dtype, device=cache.device) for _ in range(2))
+    else:
+        key, value = out
+        _check_out(key, value, cache, layout)
+    if select(cache.device, layout, engine) == "triton":
+        from kvarn_core.ops.gather import triton
+
+        if max_context_len is None:
+            max_context_len = int(context_lens.max()) if len(context_lens) else 0
+        triton.gather(
+            cache, page_table, starts, context_lens, positions, cu_seqlens_k, max_context_len,
+            layout, key, value,
+        )  # fmt: skip
+    else:
+        reference.gather(
+            cache, page_table, starts, context_lens, positions, cu_seqlens_k, layout, key, value
+        )
     return key, value, cu_seqlens_k
+
+
+def rotate_rows(
+    x: torch.Tensor, *, out: torch.Tensor | None = None, engine: str | None = None
+) -> torch.Tensor:
+    """Multiply rows by the normalised Hadamard matrix, into the basis of the cache or out of it.
+
+    Parameters
+    ----------
+    x : Tensor [T, H, D], fp16, bf16 or fp32
+        D is 64, 128 or 256. Rows may have any strides that are multiples of 16 bytes.
+    out : Tensor [T, H, D], dtype of `x`, optional
+        Written and returned; may be `x` itself.
+    engine : str, optional
+        Forces an engine, see `kvarn_core.dispatch`.
+
+    Returns
+    -------
+    Tensor [T, H, D], dtype of `x`
+        Computed in fp32; fp16 saturates. All engines give the same bits.
+
+    Raises
+    ------
+    ValueError
+        If a shape, dtype or stride does not fit.
+    """
+    if out is None:
+        out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    if x.dim() != 3 or x.shape[2] not in HEAD_DIMS:
+        raise ValueError(f"x has shape {tuple(x.shape)}. Pass [T, H, D] with D in {HEAD_DIMS}.")
+    if out.shape != x.shape or out.dtype != x.dtype:
+        raise ValueError(
+            f"out has dtype {out.dtype} and shape {tuple(out.shape)}. "
+            f"Pass those of x: {x.dtype} {tuple(x.shape)}."
+        )
+    for name, rows in (("x", x), ("out", out)):
+        if rows.stride(2) != 1 or any(s * rows.element_size() % 16 for s in rows.stride()[:2]):
+            raise ValueError(
+                f"{name} has strides {rows.stride()}. Pass rows that are contiguous and a multiple "
+                "of 16 bytes apart."
+            )
+    if select(x.device, None, engine) == "triton":
+        from kvarn_core.ops.gather import triton
+
+        triton.rotate_rows(x, out)
+    else:
+        reference.rotate_rows(x, out)
+    return out
+
+
+def _check(
+    cache: torch.Tensor,
+    page_table: torch.Tensor,
+    layout: RecordLayout,
+    **lists: torch.Tensor | None,
+) -> None:
+    if cache.shape[2:] != (layout.record_bytes,) or cache.dtype != torch.uint8:
+        raise ValueError(
+            f"cache has dtype {cache.dtype} and shape {tuple(cache.shape)}. "
+            f"Pass uint8 [P, Hkv, {layout.record_bytes}] for {layout.preset.name}."
+        )
+    if cache.stride()[1:] != (layout.record_bytes, 1) or cache.stride(0) % 16:
+        raise ValueError(
+            f"cache has strides {cache.stride()}. Pass records that follow one another and pages "
+            "that are a multiple of 16 bytes apart."
+        )
+    for name, values in (("page_table", page_table), *lists.items()):
+        if values is not None and (values.dtype != torch.int32 or len(values) != len(page_table)):
+            raise ValueError(
+                f"{name} has dtype {values.dtype} and {len(values)} rows. "
+                f"Pass int32 and {len(page_table)} rows, one for each request."
+            )
+
+
+def _check_out(
+    key: torch.Tensor, value: torch.Tensor, cache: torch.Tensor, layout: RecordLayout
+) -> None:
+    width = (cache.shape[1], layout.head_dim)
+    if key.shape != value.shape or key.dtype != value.dtype or key.shape[1:] != width:
+        raise ValueError(
+            f"out has shapes {tuple(key.shape)} and {tuple(value.shape)}. "
+            f"Pass two tensors [N, {width[0]}, {width[1]}] of one dtype."
+        )
+    if not (key.is_contiguous() and value.is_contiguous()):
+        raise ValueError("out is not contiguous. Pass two contiguous tensors.")

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from kvarn_core import rotation
 from kvarn_core.exact import read_rows, ring_pages
 from kvarn_core.layout import HIT_COLUMN, SINK_COLUMN
 from kvarn_core.ops.quantize import dequantize
@@ -16,33 +17,62 @@ if TYPE_CHECKING:
 TILES_AT_ONCE = 8  # bounds the workspace, and keeps it in the processor's cache
 
 
-def gather_request(
+def gather(
     cache: torch.Tensor,
-    table: torch.Tensor,
-    position: int,
+    page_table: torch.Tensor,
+    starts: torch.Tensor | None,
+    context_lens: torch.Tensor,
+    positions: torch.Tensor,
+    cu_seqlens_k: torch.Tensor,
     layout: RecordLayout,
     key: torch.Tensor,
     value: torch.Tensor,
 ) -> None:
-    """Fill `key` and `value` [length, Hkv, D] of one request as the query at `position` sees it."""
+    """See `kvarn_core.ops.gather.gather`; fills `key` and `value`."""
+    firsts = [0] * len(positions) if starts is None else starts.tolist()
+    rows = zip(
+        page_table, positions.tolist(), firsts, cu_seqlens_k.tolist(), context_lens.tolist(),
+        strict=False,
+    )  # fmt: skip
+    for table, position, first, row, length in rows:
+        if length:
+            here = slice(row, row + length)
+            _gather_request(cache, table, position, first, layout, key[here], value[here])
+
+
+def _gather_request(
+    cache: torch.Tensor,
+    table: torch.Tensor,
+    position: int,
+    first: int,
+    layout: RecordLayout,
+    key: torch.Tensor,
+    value: torch.Tensor,
+) -> None:
+    """Fill `key` and `value` [n, Hkv, D] with tokens `first` .. `first` + n - 1 of one request."""
     (length, heads, dim), group = key.shape, layout.group
+    stop = first + length
     packed = layout.packed_tiles(position, int(table[HIT_COLUMN]))
-    split = min(packed * group, length)  # first exact token behind the records
-    for start in range(0, split, TILES_AT_ONCE * group):
-        stop = min(start + TILES_AT_ONCE * group, split)
-        columns = slice(layout.header_columns + start // group, layout.columns(stop) + 1)
-        pages = table[columns]
-        records = cache.index_select(0, pages).flatten(0, 1)  # [tiles * Hkv, record_bytes]
+    split = min(max(packed * group, first), stop)  # first exact token behind the records
+    for begin in range(first // group * group, split, TILES_AT_ONCE * group):
+        end = min(begin + TILES_AT_ONCE * group, split)
+        columns = slice(layout.header_columns + begin // group, layout.columns(end) + 1)
+        records = cache.index_select(0, table[columns]).flatten(0, 1)  # [tiles * Hkv, record_bytes]
+        inside = slice(max(first - begin, 0), end - begin)
         for out, tiles in zip((key, value), dequantize(records, layout, key.dtype), strict=True):
             rows = tiles.view(-1, heads, group, dim).transpose(1, 2).reshape(-1, heads, dim)
-            out[start:stop] = rows[: stop - start]
+            out[begin + inside.start - first : end - first] = rows[inside]
 
-    ring = torch.arange(split, length, device=cache.device) % layout.ring_rows
+    ring = torch.arange(split, stop, device=cache.device) % layout.ring_rows
     recent = read_rows(cache, ring_pages(table, layout), ring, layout)
-    key[split:], value[split:] = recent
-    if packed and int(table[SINK_COLUMN]):
-        count = min(layout.sink_rows, length)
-        sink = table[SINK_COLUMN : SINK_COLUMN + 1]
-        key[:count], value[:count] = read_rows(
-            cache, sink, torch.arange(count, device=cache.device), layout
-        )
+    key[split - first :], value[split - first :] = recent
+    if packed and int(table[SINK_COLUMN]) and first < layout.sink_rows:
+        tokens = torch.arange(first, min(layout.sink_rows, stop), device=cache.device)
+        page = table[SINK_COLUMN : SINK_COLUMN + 1]
+        key[: len(tokens)], value[: len(tokens)] = read_rows(cache, page, tokens, layout)
+
+
+def rotate_rows(x: torch.Tensor, out: torch.Tensor) -> None:
+    """See `kvarn_core.ops.gather.rotate_rows`; fills `out`."""
+    rotated = rotation.rotate(x)
+    out.copy_(rotation.to_fp16(rotated) if x.dtype == torch.float16 else rotated)
