@@ -6,7 +6,9 @@ from typing import Any
 
 import pytest
 
+from kvarn_vllm import config
 from kvarn_vllm.__main__ import main
+from kvarn_vllm.config import Options
 from kvarn_vllm.doctor import as_text, report
 
 
@@ -16,12 +18,31 @@ def test_report_of_a_working_installation(tiny_model: Any) -> None:
     assert found["vllm"] == "0.22.0"
     assert found["platform"] == "cpu"
     assert found["engine"] == "reference"
+    assert found["engine_reason"].startswith("The reference engine runs on cpu, because")
+    assert found["cuda_graphs"] is None
     assert found["head_dim"] == 64
     assert found["presets"]["kvarn_k4v2_g128"] == {
         "bytes_per_token_and_head": 57.0,
         "ratio": 256 / 57,
         "header_pages": 11,
+        "bytes_per_token": 57.0 * 2 * 2,
+        "tokens_per_gib": 4_709_393,
     }
+
+
+def test_a_gpu_is_served_by_kernels_and_graphs(monkeypatch: Any) -> None:
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    options = Options(engine="triton")  # as `auto` chooses on a GPU
+    monkeypatch.setattr(config, "Options", lambda: options)
+    found = report()
+    assert found["engine"] == "triton"
+    assert "graphs      decode steps whole, steps with prefills in pieces" in as_text(found)
+
+
+def test_sizes_of_a_model_are_printed(tiny_model: Any) -> None:
+    text = as_text(report(str(tiny_model(64))))
+    assert "this model: 228 bytes per token, 4,709,393 tokens per GiB" in text
+    assert "this model" not in as_text(report())
 
 
 def test_the_command_prints_json_only(capsys: Any) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from vllm.v1.attention.ops.merge_attn_states import merge_attn_states
@@ -79,6 +78,7 @@ class FlashAttention:
         """
         from vllm.v1.attention.backends.fa_utils import flash_attn_varlen_func
 
+        lse: torch.Tensor
         _, lse = flash_attn_varlen_func(
             q=query,
             k=key,
@@ -93,8 +93,7 @@ class FlashAttention:
             return_softmax_lse=True,
             fa_version=self.version,
         )
-        found: Any = lse
-        return found
+        return lse
 
     def merge(
         self, out: torch.Tensor, lse: torch.Tensor, other: torch.Tensor, other_lse: torch.Tensor

@@ -213,10 +213,11 @@ def _engine_config(original: Callable[..., Any]) -> Callable[..., Any]:
         if problem := slot_problem():
             raise ValueError(problem)
         LOG.info(
-            "KVarN: KV cache dtype %s, prefill %s, recipe %s.",
+            "KVarN: KV cache dtype %s, prefill %s, recipe %s, engine %s.",
             self.kv_cache_dtype,
             options.prefill,
             options.recipe.name,
+            options.engine,
         )
         return config
 

@@ -53,6 +53,7 @@ SIGNATURES: dict[str, str] = {
     f"{_BACKEND}:AttentionMetadataBuilder.build": (
         "self common_prefix_len common_attn_metadata fast_build"
     ),
+    f"{_BACKEND}:AttentionMetadataBuilder.get_cudagraph_support": ("cls vllm_config kv_cache_spec"),
     f"{_BACKEND}:AttentionImpl.__init__": (
         "self num_heads head_size scale num_kv_heads alibi_slopes sliding_window kv_cache_dtype "
         "logits_soft_cap attn_type kv_sharing_target_layer_name"
@@ -71,6 +72,11 @@ SIGNATURES: dict[str, str] = {
     "vllm.v1.core.block_pool:BlockPool.get_new_blocks": "self num_blocks",
     "vllm.v1.core.block_pool:BlockPool.touch": "self blocks",
     "vllm.v1.core.block_pool:BlockPool.free_blocks": "self ordered_blocks",
+    "vllm.v1.worker.workspace:WorkspaceManager.get_simultaneous": "self shapes_and_dtypes",
+    "vllm.v1.attention.ops.merge_attn_states:merge_attn_states": (
+        "output prefix_output prefix_lse suffix_output suffix_lse output_lse "
+        "prefill_tokens_with_context output_scale"
+    ),
     "vllm.v1.core.block_pool:BlockHashToBlockMap.get_one_block": "self key",
     "vllm.v1.core.block_pool:BlockHashToBlockMap.insert": "self key block",
 }
