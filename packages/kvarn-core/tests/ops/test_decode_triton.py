@@ -80,7 +80,9 @@ def test_triton_agrees_with_the_reference(
     if dtype == torch.bfloat16 and dim == 256:
         pytest.skip("head_dim 256 is covered in fp16")
     paging = _stored(RecordLayout(PRESETS[name], dim), tokens, heads)
-    (out, lse), (want, want_lse) = _both(paging, _query(paging, ratio, dtype), tokens, kernel_device)
+    (out, lse), (want, want_lse) = _both(
+        paging, _query(paging, ratio, dtype), tokens, kernel_device
+    )
     unit = 2.0**-8 if dtype == torch.bfloat16 else 0.0  # the interpreter truncates to bf16
     assert_close(out, want, tolerance=ROUNDING + unit)
     assert_close(lse, want_lse, tolerance=ROUNDING)

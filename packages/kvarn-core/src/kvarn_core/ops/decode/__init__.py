@@ -96,9 +96,7 @@ def decode(
     return out, lse
 
 
-def workspace_bytes(
-    batch: int, num_q_heads: int, num_kv_heads: int, layout: RecordLayout
-) -> int:
+def workspace_bytes(batch: int, num_q_heads: int, num_kv_heads: int, layout: RecordLayout) -> int:
     """Return the bytes of scratch memory that suffice for every batch of up to `batch` requests.
 
     Parameters

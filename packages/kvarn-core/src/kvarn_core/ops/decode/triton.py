@@ -22,18 +22,18 @@ import triton
 import triton.language as tl
 
 from kvarn_core.butterfly import rotate, to_fp16
-from kvarn_core.layout import HIT_COLUMN, RING_COLUMN, SINK_COLUMN
+from kvarn_core.layout import HEAD_DIMS, HIT_COLUMN, RING_COLUMN, SINK_COLUMN, RecordLayout
+from kvarn_core.spec import PRESETS
+from kvarn_core.variants import Variant
 
 if TYPE_CHECKING:
-    from kvarn_core.layout import RecordLayout
+    from collections.abc import Iterator
 
 HEADS = tl.constexpr(8)  # query heads per program: the N of the mma
-EXACT_ROWS = tl.constexpr(32)  # exact rows per unit
 LOG2_E = 1.4426950408889634
 LN_2 = tl.constexpr(0.6931471805599453)
 PROGRAMS_PER_SM = 32  # aimed at; about four waves of resident warps
 MAX_SPLITS = 128
-DECODE_STAGES = 1
 
 
 @triton.jit(
@@ -43,12 +43,13 @@ DECODE_STAGES = 1
 def _decode_kernel(
     p_query, p_cache, p_table, p_lens, p_partial, p_state,
     scale, table_stride, query_stride, num_q_heads, num_kv_heads, splits,
-    RATIO: tl.constexpr, D: tl.constexpr, G: tl.constexpr,
+    RATIO: tl.constexpr, D: tl.constexpr, G: tl.constexpr, EXACT: tl.constexpr,
+    K_WIDTH: tl.constexpr, V_WIDTH: tl.constexpr,
     K_BITS: tl.constexpr, V_BITS: tl.constexpr, RECORD: tl.constexpr,
     K_SCALE: tl.constexpr, K_ZERO: tl.constexpr, K_TOKEN_SCALE: tl.constexpr,
     V_CODES: tl.constexpr, V_CHANNEL_SCALE: tl.constexpr, V_SCALE: tl.constexpr,
     V_ZERO: tl.constexpr, PAGE_ROWS: tl.constexpr, SINK_ROWS: tl.constexpr, HEADER: tl.constexpr,
-    HIT: tl.constexpr, SINK: tl.constexpr, RING: tl.constexpr,
+    HIT: tl.constexpr, SINK: tl.constexpr, RING: tl.constexpr, SINK_UNITS: tl.constexpr,
 ):  # type: ignore[no-untyped-def]  # fmt: skip
     """Grid (head blocks * Hkv, splits, B): partial outputs and their (max, sum) per split."""
     HEAD_BLOCKS: tl.constexpr = (RATIO + HEADS - 1) // HEADS
@@ -56,7 +57,8 @@ def _decode_kernel(
     i_split, i_row = tl.program_id(1), tl.program_id(2)
     length = tl.load(p_lens + i_row)
     p_row = p_table + i_row.to(tl.int64) * table_stride
-    packed, units = _units(length, tl.load(p_row + HIT), tl.load(p_row + SINK), G)
+    sink = tl.load(p_row + SINK)
+    packed, units = _units(length, tl.load(p_row + HIT), sink, G, EXACT, SINK_UNITS)
     share = tl.cdiv(units, splits)
     start = i_split * share
     stop = tl.minimum(start + share, units)
@@ -76,8 +78,8 @@ def _decode_kernel(
     page_bytes = num_kv_heads.to(tl.int64) * RECORD
     b_max = tl.full((HEADS,), float("-inf"), tl.float32)
     b_sum = tl.zeros((HEADS,), tl.float32)
-    b_out = tl.zeros((D, HEADS), tl.float32)
-    sink = tl.load(p_row + SINK)
+    b_out = tl.zeros((V_WIDTH, HEADS), tl.float32)
+    b_out1 = tl.zeros((V_WIDTH, HEADS), tl.float32)
     first = tl.where((sink != 0) & (packed > 0), SINK_ROWS, 0)  # token that records begin with
 
     for i_tile in range(start, tl.minimum(stop, packed)):
@@ -85,10 +87,12 @@ def _decode_kernel(
         p_half = p_record.to(tl.pointer_type(tl.float16))
         p_word = p_record.to(tl.pointer_type(tl.int32))
         # scores [G, N] = t * (codes @ (q * a) + q @ zero)
-        b_a = _load_k_order(p_half + K_SCALE // 2, D)
-        b_z = _load_k_order(p_half + K_ZERO // 2, D).to(tl.float32)
-        b_s = _codes_dot(p_word, b_q * b_a[:, None], G, D, K_BITS)
-        b_s += tl.sum(b_q.to(tl.float32) * b_z[:, None], 0)[None, :]
+        if K_WIDTH == D:
+            b_s = _scores(p_word, p_half, b_q, 0, D, D, G, K_BITS, K_SCALE, K_ZERO)
+        else:
+            b_q0, b_q1 = _halves(b_q)
+            b_s = _scores(p_word, p_half, b_q0, 0, K_WIDTH, D, G, K_BITS, K_SCALE, K_ZERO)
+            b_s += _scores(p_word, p_half, b_q1, K_WIDTH, K_WIDTH, D, G, K_BITS, K_SCALE, K_ZERO)
         b_s *= _load_m_order(p_half + K_TOKEN_SCALE // 2, G)[:, None]
         o_token = i_tile * G + tl.arange(0, G)
         b_s = tl.where((o_token >= first)[:, None], b_s, float("-inf"))
@@ -96,34 +100,50 @@ def _decode_kernel(
         # out [D, N] += c * (codes @ (p * u) + p @ zero)
         b_u = _load_m_order(p_half + V_SCALE // 2, G)
         b_zero = tl.sum(b_p * _load_m_order(p_half + V_ZERO // 2, G)[:, None], 0)
-        b_o = _codes_dot(
-            p_word + V_CODES // 4, (b_p * b_u[:, None]).to(tl.float16), D, G, V_BITS
-        )  # fmt: skip
-        b_c = _load_m_order(p_half + V_CHANNEL_SCALE // 2, D)
-        b_out = b_out * b_alpha[None, :] + b_c[:, None] * (b_o + b_zero[None, :])
+        b_x = (b_p * b_u[:, None]).to(tl.float16)
+        p_v = p_word + V_CODES // 4
+        p_c = p_half + V_CHANNEL_SCALE // 2
+        b_out = _add_values(b_out, b_alpha, p_v, p_c, b_x, b_zero, V_WIDTH, G, V_BITS)
+        if V_WIDTH < D:
+            p_v += V_WIDTH * G * V_BITS // 32
+            b_out1 = _add_values(
+                b_out1, b_alpha, p_v, p_c + V_WIDTH, b_x, b_zero, V_WIDTH, G, V_BITS
+            )
 
-    ring_units = tl.cdiv(length - packed * G, EXACT_ROWS)
+    ring_units = tl.cdiv(length - packed * G, EXACT)
     for i_unit in range(tl.maximum(start, packed) - packed, stop - packed):
-        o_i = tl.arange(0, EXACT_ROWS)
         is_sink = i_unit >= ring_units
-        o_token = packed * G + i_unit * EXACT_ROWS + o_i
-        o_ring = o_token % (2 * G)
-        m_row = tl.where(is_sink, o_i < SINK_ROWS, o_token < length)
+        o_row = (i_unit - tl.where(is_sink, ring_units, 0)) * EXACT + tl.arange(0, EXACT)
+        o_ring = (packed * G + o_row) % (2 * G)
+        m_row = o_row < tl.where(is_sink, SINK_ROWS, length - packed * G)
         o_column = tl.where(is_sink, SINK, RING + o_ring // PAGE_ROWS)
-        o_page_row = tl.where(is_sink, o_i, o_ring % PAGE_ROWS)
+        o_page_row = tl.where(is_sink, o_row, o_ring % PAGE_ROWS)
         b_page = tl.load(p_row + o_column, mask=m_row, other=0).to(tl.int64)
         p_rows = (p_head + b_page * page_bytes + o_page_row * (4 * D)).to(
             tl.pointer_type(tl.float16)
         )
-        b_k = _load_exact(p_rows, o_page_row, m_row, D)
-        b_v = _load_exact(p_rows + D, o_page_row, m_row, D)
-        b_s = tl.where(m_row[:, None], tl.dot(b_k, b_q), float("-inf"))
+        b_k = _load_exact(p_rows, o_page_row, m_row, 0, EXACT, K_WIDTH)
+        if K_WIDTH == D:
+            b_s = tl.dot(b_k, b_q)
+        else:
+            b_q0, b_q1 = _halves(b_q)
+            b_s = tl.dot(b_k, b_q0)
+            b_s = tl.dot(_load_exact(p_rows, o_page_row, m_row, K_WIDTH, EXACT, K_WIDTH), b_q1, b_s)
+        b_s = tl.where(m_row[:, None], b_s, float("-inf"))
         b_p, b_alpha, b_max, b_sum = _softmax_step(b_s, b_max, b_sum)
-        b_out = b_out * b_alpha[None, :] + tl.dot(b_v.trans(1, 0), b_p.to(tl.float16))
+        b_p = b_p.to(tl.float16)
+        b_v = _load_exact(p_rows + D, o_page_row, m_row, 0, EXACT, V_WIDTH)
+        b_out = b_out * b_alpha[None, :] + tl.dot(b_v.trans(1, 0), b_p)
+        if V_WIDTH < D:
+            b_v = _load_exact(p_rows + D, o_page_row, m_row, V_WIDTH, EXACT, V_WIDTH)
+            b_out1 = b_out1 * b_alpha[None, :] + tl.dot(b_v.trans(1, 0), b_p)
 
     # partial [B, Hq, splits, D], state [B, Hq, splits, 2]
     o_slot = (i_row.to(tl.int64) * num_q_heads + o_head) * splits + i_split
-    tl.store(p_partial + o_slot[None, :] * D + o_d[:, None], b_out, mask=m_n[None, :])
+    p_o = p_partial + o_slot[None, :] * D + tl.arange(0, V_WIDTH)[:, None]
+    tl.store(p_o, b_out, mask=m_n[None, :])
+    if V_WIDTH < D:
+        tl.store(p_o + V_WIDTH, b_out1, mask=m_n[None, :])
     tl.store(p_state + o_slot * 2, b_max, mask=m_n)
     tl.store(p_state + o_slot * 2 + 1, b_sum, mask=m_n)
 
@@ -135,7 +155,8 @@ def _decode_kernel(
 def _combine_kernel(
     p_partial, p_state, p_table, p_lens, p_out, p_lse,
     table_stride, out_stride, num_q_heads, splits,
-    D: tl.constexpr, G: tl.constexpr, HIT: tl.constexpr, SINK: tl.constexpr, BLOCK: tl.constexpr,
+    D: tl.constexpr, G: tl.constexpr, EXACT: tl.constexpr, HIT: tl.constexpr, SINK: tl.constexpr,
+    SINK_UNITS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # type: ignore[no-untyped-def]  # fmt: skip
     """Grid (Hq, B): merge the splits of one query head, rotate back."""
     i_head, i_row = tl.program_id(0), tl.program_id(1)
@@ -148,7 +169,7 @@ def _combine_kernel(
         tl.store(p_l, float("-inf"))
         return
     p_row = p_table + i_row.to(tl.int64) * table_stride
-    _, units = _units(length, tl.load(p_row + HIT), tl.load(p_row + SINK), G)
+    _, units = _units(length, tl.load(p_row + HIT), tl.load(p_row + SINK), G, EXACT, SINK_UNITS)
     used = tl.cdiv(units, tl.cdiv(units, splits))
 
     slot = (i_row.to(tl.int64) * num_q_heads + i_head) * splits
@@ -177,12 +198,44 @@ def _combine_kernel(
 
 
 @triton.jit
-def _units(length, hits, sink, G: tl.constexpr):  # type: ignore[no-untyped-def]
+def _units(  # type: ignore[no-untyped-def]
+    length, hits, sink, G: tl.constexpr, EXACT: tl.constexpr, SINK_UNITS: tl.constexpr
+):
     """Tiles read as records (`RecordLayout.packed_tiles`) and units of a request."""
     packed = tl.maximum(tl.maximum((length - 1) // G - 1, hits), 0)
-    ring = tl.cdiv(length - packed * G, EXACT_ROWS)
-    with_sink = ((sink != 0) & (packed > 0)).to(tl.int32)
-    return packed, tl.where(length > 0, packed + ring + with_sink, 0)
+    ring = tl.cdiv(length - packed * G, EXACT)
+    exact = ring + tl.where((sink != 0) & (packed > 0), SINK_UNITS, 0)
+    return packed, tl.where(length > 0, packed + exact, 0)
+
+
+@triton.jit
+def _scores(
+    p_word, p_half, b_q, START: tl.constexpr, K: tl.constexpr, D: tl.constexpr, G: tl.constexpr,
+    K_BITS: tl.constexpr, K_SCALE: tl.constexpr, K_ZERO: tl.constexpr,
+):  # type: ignore[no-untyped-def]  # fmt: skip
+    """Product codes @ (q * a) + q @ zero [G, N] over K channels from START on; q [K, N]."""
+    FK: tl.constexpr = 2 if K_BITS == 2 and G == 64 else 1
+    b_a = _load_k_order(p_half + K_SCALE // 2 + START, K)
+    b_z = _load_k_order(p_half + K_ZERO // 2 + START, K)
+    b_zero = tl.max(tl.dot(b_z[None, :].broadcast_to(16, K), b_q), 0)  # 16 equal rows
+    p_first = p_word + START // 16 // FK * 128
+    return _codes_dot(p_first, b_q * b_a[:, None], G, K, D, K_BITS) + b_zero[None, :]
+
+
+@triton.jit
+def _add_values(
+    b_out, b_alpha, p_v, p_c, b_x, b_zero, M: tl.constexpr, G: tl.constexpr, V_BITS: tl.constexpr
+):  # type: ignore[no-untyped-def]
+    """New out: out * alpha + c * (codes @ x + zero) for M channels [M, N]; x [G, N]."""
+    b_o = _codes_dot(p_v, b_x, M, G, G, V_BITS)
+    return b_out * b_alpha[None, :] + _load_m_order(p_c, M)[:, None] * (b_o + b_zero[None, :])
+
+
+@triton.jit
+def _halves(b_q):  # type: ignore[no-untyped-def]
+    """First and second half of the rows of a block [K, N]."""
+    b_0, b_1 = tl.split(b_q.reshape(2, b_q.shape[0] // 2, HEADS).trans(1, 2, 0))
+    return b_0, b_1
 
 
 @triton.jit
@@ -195,11 +248,13 @@ def _softmax_step(b_s, b_max, b_sum):  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def _load_exact(p_rows, o_page_row, m_row, D: tl.constexpr):  # type: ignore[no-untyped-def]
-    """Half of exact rows [rows, D], fp16; the pieces of 16 bytes are permuted (`exact_piece`)."""
-    o_piece = tl.arange(0, D // 8)[None, :] ^ (o_page_row & 7)[:, None]
+def _load_exact(
+    p_rows, o_page_row, m_row, START: tl.constexpr, EXACT: tl.constexpr, WIDTH: tl.constexpr
+):  # type: ignore[no-untyped-def]
+    """WIDTH channels of exact rows from START on, fp16; pieces are permuted (`exact_piece`)."""
+    o_piece = (START // 8 + tl.arange(0, WIDTH // 8)[None, :]) ^ (o_page_row & 7)[:, None]
     p = p_rows[:, None, None] + o_piece[:, :, None] * 8 + tl.arange(0, 8)[None, None, :]
-    return tl.load(p, mask=m_row[:, None, None], other=0.0).reshape(EXACT_ROWS, D)
+    return tl.load(p, mask=m_row[:, None, None], other=0.0).reshape(EXACT, WIDTH)
 
 
 @triton.jit
@@ -217,8 +272,10 @@ def _load_m_order(p, LENGTH: tl.constexpr):  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def _codes_dot(p_words, b_x, M: tl.constexpr, K: tl.constexpr, BITS: tl.constexpr):  # type: ignore[no-untyped-def]
-    """Multiply codes [M, K], packed in fragment order (`code_index`), with x [K, N] fp16.
+def _codes_dot(
+    p_words, b_x, M: tl.constexpr, K: tl.constexpr, WIDTH: tl.constexpr, BITS: tl.constexpr
+):  # type: ignore[no-untyped-def]
+    """Multiply K columns of codes [M, WIDTH], packed as by `code_index`, with x [K, N] fp16.
 
     Field f of every half word belongs to row block m // 16 = f mod FM (and to column block
     f // FM mod FK), so each field is one matrix product, and the products are interleaved.
@@ -228,6 +285,7 @@ def _codes_dot(p_words, b_x, M: tl.constexpr, K: tl.constexpr, BITS: tl.constexp
     FK: tl.constexpr = FIELDS // FM
     COLS: tl.constexpr = K // 16 // FK  # chunks along k
     PARTS: tl.constexpr = M // 16 // FM  # chunks along m, one at a time: bounds the registers
+    STEP: tl.constexpr = WIDTH // 16 // FK * 128  # words of a row of chunks
     if FK == 2:  # even and odd column blocks of x
         b_x0, b_x1 = tl.split(b_x.reshape(COLS, 2, 16, HEADS).trans(0, 2, 3, 1))
         b_x0, b_x1 = b_x0.reshape(COLS * 16, HEADS), b_x1.reshape(COLS * 16, HEADS)
@@ -237,12 +295,12 @@ def _codes_dot(p_words, b_x, M: tl.constexpr, K: tl.constexpr, BITS: tl.constexp
     if PARTS == 1:
         b_y = b_y0
     else:
-        b_y1 = _part_dot(p_words + COLS * 128, b_x0, b_x1, COLS, BITS, FM, FK)
+        b_y1 = _part_dot(p_words + STEP, b_x0, b_x1, COLS, BITS, FM, FK)
         if PARTS == 2:
             b_y = tl.join(b_y0, b_y1).trans(2, 0, 1)
         else:
-            b_y2 = _part_dot(p_words + COLS * 256, b_x0, b_x1, COLS, BITS, FM, FK)
-            b_y3 = _part_dot(p_words + COLS * 384, b_x0, b_x1, COLS, BITS, FM, FK)
+            b_y2 = _part_dot(p_words + 2 * STEP, b_x0, b_x1, COLS, BITS, FM, FK)
+            b_y3 = _part_dot(p_words + 3 * STEP, b_x0, b_x1, COLS, BITS, FM, FK)
             b_y = _join4(b_y0, b_y1, b_y2, b_y3).trans(2, 0, 1)
     return b_y.reshape(M, HEADS)
 
@@ -343,12 +401,12 @@ def decode(
     _decode_kernel[(num_kv_heads * -(-ratio // HEADS.value), splits, batch)](
         query, cache, page_table, seq_lens, partial, state,
         sm_scale * LOG2_E, page_table.stride(0), query.stride(0), num_q_heads, num_kv_heads,
-        splits, RATIO=ratio, **_decode_constants(layout), num_warps=1, num_stages=DECODE_STAGES,
+        splits, RATIO=ratio, **_decode_constants(layout), **_decode_options(layout),
     )  # fmt: skip
     _combine_kernel[(num_q_heads, batch)](
         partial, state, page_table, seq_lens, out, lse,
         page_table.stride(0), out.stride(0), num_q_heads, splits,
-        **_combine_constants(layout), num_warps=1,
+        **_combine_constants(layout), num_warps=1, num_stages=1,
     )  # fmt: skip
 
 
@@ -370,9 +428,14 @@ def _processors() -> int:
 @cache
 def _decode_constants(layout: RecordLayout) -> dict[str, int]:
     fields = layout.fields
+    exact = 32 if layout.head_dim <= 128 else 16  # rows of about the bytes of a record
     return {
         "D": layout.head_dim,
+        "K_WIDTH": max(layout.head_dim // 2, 64),  # channels at a time: bounds the registers
+        "V_WIDTH": min(layout.head_dim, 128),
         "G": layout.group,
+        "EXACT": exact,
+        "SINK_UNITS": -(-layout.sink_rows // exact),
         "K_BITS": layout.preset.key_bits,
         "V_BITS": layout.preset.value_bits,
         "RECORD": layout.record_bytes,
@@ -392,7 +455,63 @@ def _decode_constants(layout: RecordLayout) -> dict[str, int]:
     }
 
 
+def _decode_options(layout: RecordLayout) -> dict[str, int]:
+    return {"num_warps": 1 if layout.head_dim <= 128 else 2, "num_stages": 2}
+
+
 @cache
 def _combine_constants(layout: RecordLayout) -> dict[str, int]:
-    names = ("D", "G", "HIT", "SINK")
+    names = ("D", "G", "EXACT", "SINK_UNITS", "HIT", "SINK")
     return {name: _decode_constants(layout)[name] for name in names} | {"BLOCK": 8}
+
+
+def variants() -> Iterator[Variant]:
+    """Every compiled form of these kernels; see `kvarn_core.variants`."""
+    for layout, ratio, dtype in _forms():
+        name = f"{layout.preset.name[6:]}-d{layout.head_dim}-gqa{ratio}-{dtype}"
+        yield Variant(
+            f"decode-{name}",
+            _decode_kernel,
+            {
+                "p_query": f"*{dtype}",
+                "p_cache": "*u8",
+                "p_table": "*i32",
+                "p_lens": "*i32",
+                "p_partial": "*fp32",
+                "p_state": "*fp32",
+                "scale": "fp32",
+                **dict.fromkeys(("table_stride", "query_stride"), "i32"),
+                **dict.fromkeys(("num_q_heads", "num_kv_heads", "splits"), "i32"),
+            },
+            {"RATIO": ratio, **_decode_constants(layout)},
+            **_decode_options(layout),
+        )
+        if ratio == 8:
+            yield Variant(
+                f"combine-{name}",
+                _combine_kernel,
+                {
+                    "p_partial": "*fp32",
+                    "p_state": "*fp32",
+                    "p_table": "*i32",
+                    "p_lens": "*i32",
+                    "p_out": f"*{dtype}",
+                    "p_lse": "*fp32",
+                    **dict.fromkeys(("table_stride", "out_stride"), "i32"),
+                    **dict.fromkeys(("num_q_heads", "splits"), "i32"),
+                },
+                dict(_combine_constants(layout)),
+                num_warps=1,
+                num_stages=1,
+            )
+
+
+def _forms() -> Iterator[tuple[RecordLayout, int, str]]:
+    """Layouts, GQA ratios and dtypes; the ratio only moves a mask, so one layout has several."""
+    for preset in PRESETS.values():
+        for dim in HEAD_DIMS:
+            yield RecordLayout(preset, dim), 8, "fp16"
+    main = RecordLayout(PRESETS["kvarn_k4v2_g128"], 128)
+    yield main, 8, "bf16"
+    for ratio in (1, 5, 16):
+        yield main, ratio, "fp16"
