@@ -16,7 +16,7 @@ import nox
 nox.needs_version = ">=2025.5.1"
 nox.options.default_venv_backend = "uv"
 nox.options.reuse_venv = "yes"
-nox.options.sessions = ["lint", "types", "tests", "engine"]
+nox.options.sessions = ["lint", "types", "tests", "interpret", "compile", "engine"]
 
 ROOT = Path(__file__).parent
 PACKAGES = [ROOT / "packages" / name for name in ("kvarn-core", "kvarn-vllm", "kvarn-eval")]
@@ -42,6 +42,13 @@ def install_locked(session: nox.Session, lock: str) -> None:
     session.install("--no-deps", *(arg for path in PACKAGES for arg in ("-e", str(path))))
 
 
+def install_gpu(session: nox.Session) -> None:
+    """Install the CUDA lock, or stop where it would be of no use."""
+    if not has_gpu():
+        session.skip(f"{session.name} needs one NVIDIA GPU, and this machine has none.")
+    install_locked(session, "cuda")
+
+
 @nox.session
 def lint(session: nox.Session) -> None:
     """Style, spelling and workflow audit."""
@@ -62,10 +69,31 @@ def types(session: nox.Session) -> None:
 
 @nox.session
 def tests(session: nox.Session) -> None:
-    """Everything that needs neither a GPU nor a running engine."""
+    """Everything that needs neither a GPU, nor a running engine, nor Triton."""
     install_locked(session, "cpu")
     arguments = session.posargs or ["packages", "-n", "2"]
-    session.run("pytest", "-m", "not engine and not gpu", *arguments, env={"OMP_NUM_THREADS": "1"})
+    marked = "not engine and not gpu and not kernel and not compile"
+    session.run("pytest", "-m", marked, *arguments, env={"OMP_NUM_THREADS": "1"})
+
+
+@nox.session
+def interpret(session: nox.Session) -> None:
+    """The Triton kernels at small sizes, run by Triton's interpreter on the CPU."""
+    install_locked(session, "cpu")
+    arguments = session.posargs or ["packages", "-n", "2"]
+    environment = {"OMP_NUM_THREADS": "1", "TRITON_INTERPRET": "1"}
+    session.run("pytest", "-m", "kernel and not gpu", *arguments, env=environment)
+
+
+@nox.session
+def compile(session: nox.Session) -> None:
+    """The Triton kernels compiled for GPUs, without one: no spills, resources as in the table."""
+    install_locked(session, "cpu")
+    if session.posargs == ["rewrite"]:
+        session.run("python", "packages/kvarn-core/tests/test_compile.py")
+        return
+    arguments = session.posargs or ["packages", "-n", "2"]
+    session.run("pytest", "-m", "compile", *arguments, env={"OMP_NUM_THREADS": "1"})
 
 
 @nox.session
@@ -74,6 +102,20 @@ def engine(session: nox.Session) -> None:
     install_locked(session, "cpu")
     arguments = session.posargs or ["packages"]
     session.run("pytest", "-m", "engine", *arguments, env=ENGINE_ENV)
+
+
+@nox.session
+def gpu_tests(session: nox.Session) -> None:
+    """Kernels and engines on one GPU."""
+    install_gpu(session)
+    session.run("pytest", "-m", "gpu or kernel", "--require-gpu", *session.posargs or ["packages"])
+
+
+@nox.session
+def bench(session: nox.Session) -> None:
+    """Time every operation on one GPU, beside the caches of stock vLLM."""
+    install_gpu(session)
+    session.run("python", "packages/kvarn-core/benchmarks/bench_ops.py", *session.posargs)
 
 
 @nox.session
@@ -95,9 +137,7 @@ def fidelity(session: nox.Session) -> None:
 @nox.session
 def train(session: nox.Session) -> None:
     """Train the small model again; needs one GPU."""
-    if not has_gpu():
-        session.error("train needs one NVIDIA GPU, and this machine has none.")
-    install_locked(session, "cuda")
+    install_gpu(session)
     session.run("kvarn-eval", "train", *session.posargs)
 
 

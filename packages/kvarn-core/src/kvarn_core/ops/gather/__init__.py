@@ -141,7 +141,8 @@ def rotate_rows(
             f"Pass those of x: {x.dtype} {tuple(x.shape)}."
         )
     for name, rows in (("x", x), ("out", out)):
-        if rows.stride(2) != 1 or any(s * rows.element_size() % 16 for s in rows.stride()[:2]):
+        apart = [rows.stride(i) * rows.element_size() for i in range(2) if rows.shape[i] > 1]
+        if rows.stride(2) != 1 or any(nbytes % 16 for nbytes in apart):
             raise ValueError(
                 f"{name} has strides {rows.stride()}. Pass rows that are contiguous and a multiple "
                 "of 16 bytes apart."
@@ -166,7 +167,9 @@ def _check(
             f"cache has dtype {cache.dtype} and shape {tuple(cache.shape)}. "
             f"Pass uint8 [P, Hkv, {layout.record_bytes}] for {layout.preset.name}."
         )
-    if cache.stride()[1:] != (layout.record_bytes, 1) or cache.stride(0) % 16:
+    page_stride, head_stride, byte_stride = cache.stride()
+    together = head_stride == layout.record_bytes or cache.shape[1] == 1
+    if byte_stride != 1 or not together or page_stride % 16:
         raise ValueError(
             f"cache has strides {cache.stride()}. Pass records that follow one another and pages "
             "that are a multiple of 16 bytes apart."
