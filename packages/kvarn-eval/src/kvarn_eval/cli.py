@@ -1,4 +1,4 @@
-"""Command line: ``kvarn-eval demo | fidelity | solve | train | report``.
+"""Command line: ``kvarn-eval demo | fidelity | throughput | solve | train | report``.
 
 Exit status: 0 all required gates pass, 1 one fails, 2 wrong usage, 3 the evidence does not decide.
 """
@@ -159,6 +159,91 @@ def fidelity(
     except ValueError as error:
         _fail_usage(str(error))
     _finish(run, out, as_json)
+
+
+@app.command()
+def throughput(
+    model: Annotated[str, typer.Option(help="Folder or name of a model.")],
+    out: Annotated[Path, typer.Option(help="Folder for results.")] = Path("throughput-results"),
+    arms: Annotated[str, typer.Option(help="Of fp16, fp8, turboquant, kvarn.")] = "fp16,kvarn",
+    kv_cache_dtype: Annotated[str, typer.Option(help="KVarN preset.")] = "kvarn_k4v2_g128",
+    dtype: Annotated[str, typer.Option(help="Model dtype; fp8 uses bfloat16.")] = "float16",
+    prompt_tokens: Annotated[int, typer.Option(min=2, help="Tokens per prompt.")] = 16_000,
+    requests: Annotated[int, typer.Option(min=1, help="Requests of the equal batch.")] = 16,
+    output_tokens: Annotated[int, typer.Option(min=4, help="Tokens per answer.")] = 256,
+    capacity_tokens: Annotated[
+        int | None,
+        typer.Option(
+            min=0, help="Prompt length with as many requests as fit; 0 skips; all by default."
+        ),
+    ] = None,
+    decode_seconds: Annotated[float, typer.Option(help="Longest decode measurement, s.")] = 30.0,
+    max_model_len: Annotated[int, typer.Option(help="Longest request, tokens.")] = 20_480,
+    max_num_seqs: Annotated[int, typer.Option(help="Most requests at once.")] = 128,
+    max_num_batched_tokens: Annotated[int, typer.Option(help="Tokens per step.")] = 8192,
+    gpu_memory_utilization: Annotated[float, typer.Option(help="Share of GPU memory.")] = 0.92,
+    cache_mib: Annotated[int | None, typer.Option(help="KV cache of this size instead.")] = None,
+    load_format: Annotated[str, typer.Option(help="dummy: random weights.")] = "auto",
+    engine_args: Annotated[str, typer.Option(help="More EngineArgs, as JSON.")] = "{}",
+    turboquant_flash_attention: Annotated[
+        int | None,
+        typer.Option(help="FlashAttention of turboquant, where vLLM's choice, 2, is absent."),
+    ] = None,
+    reuse: Annotated[bool, typer.Option(help="Keep arms measured earlier in this folder.")] = False,
+    figures: Annotated[bool, typer.Option(help="Write report and figures.")] = True,
+    as_json: JsonOption = False,
+) -> None:
+    """Speed and capacity of a model with several caches, one engine after the other."""
+    import json
+
+    import torch
+
+    from kvarn_eval.demo import CPU_ENVIRONMENT
+    from kvarn_eval.throughput import Settings, run_throughput
+
+    engine = {
+        "max_model_len": max_model_len,
+        "max_num_seqs": max_num_seqs,
+        "max_num_batched_tokens": max_num_batched_tokens,
+        "load_format": load_format,
+    }
+    if cache_mib is None:
+        engine["gpu_memory_utilization"] = gpu_memory_utilization
+    else:
+        engine["kv_cache_memory_bytes"] = cache_mib << 20
+    out.mkdir(parents=True, exist_ok=True)
+    signal.signal(signal.SIGTERM, _stop_on_signal)
+    try:
+        settings = Settings(
+            model=model,
+            arms=tuple(arms.split(",")),
+            kv_cache_dtype=kv_cache_dtype,
+            dtype=dtype,
+            prompt_tokens=prompt_tokens,
+            requests=requests,
+            output_tokens=output_tokens,
+            capacity_tokens=prompt_tokens if capacity_tokens is None else capacity_tokens,
+            decode_seconds=decode_seconds,
+            engine={**engine, **json.loads(engine_args)},
+            turboquant_flash_attention=turboquant_flash_attention,
+            environment={} if torch.cuda.is_available() else CPU_ENVIRONMENT,
+        )
+        with _progress() as progress:
+            run, errors = run_throughput(settings, out, progress, reuse=reuse)
+    except ValueError as error:
+        _fail_usage(str(error))
+    except RuntimeError as error:
+        console.print(str(error), style="red", markup=False, soft_wrap=True)
+        raise typer.Exit(1) from error
+    for problem in errors:
+        console.print(problem, style="red", markup=False, soft_wrap=True)
+    if figures:
+        reports.render(run, out)
+    if as_json:
+        sys.stdout.write(run.model_dump_json(indent=1) + "\n")
+    console.print(f"Written: {out}", markup=False, soft_wrap=True)
+    console.print(reports.headline(run), markup=False, soft_wrap=True)
+    raise typer.Exit(1 if errors else run.verdict.exit_code)
 
 
 @app.command()

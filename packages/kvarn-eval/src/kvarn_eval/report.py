@@ -1,21 +1,15 @@
 """From a result document to what people read: markdown, SVG figures, a terminal table.
 
 Nothing is computed from anything but the document, so a report can be made again at any time.
-Figures carry no date and use a fixed hash salt: equal data give equal files.
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-import matplotlib as mpl
 from rich.table import Table
 
 from kvarn_eval.schema import Unit, Verdict
-
-mpl.use("Agg")
-
-from matplotlib import pyplot as plt
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -42,15 +36,14 @@ LABELS = {
     "answer_kld": "mean KLD on answers",
     "answer_top1": "top-1 agreement on answers",
     "covered": "probability compared one by one",
+    "startup": "start-up",
+    "reported_tokens": "tokens vLLM reports",
+    "requests_that_fit": "requests that fit",
+    "decode_equal": "decode, equal batch",
+    "decode_capacity": "decode, as many as fit",
 }
 FEW_ARMS = 3  # up to here arms are columns
-STYLE: dict[str, Any] = {
-    "svg.hashsalt": "kvarn",
-    "font.size": 9,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "figure.constrained_layout.use": True,
-}
+MANY_NAMES = 16  # from here on too
 
 
 def render(run: Run, out: Path) -> list[Path]:
@@ -68,12 +61,9 @@ def render(run: Run, out: Path) -> list[Path]:
     list of Path
         Files written, the report first.
     """
-    figures = []
-    with mpl.rc_context(STYLE):
-        for profile in _profiles(run):
-            figures.append(_draw_curve(run, profile, out))
-        if any(m.name == "pool_tokens" for m in run.measurements):
-            figures.append(_draw_capacity(run, out))
+    from kvarn_eval.figures import draw  # matplotlib, which a machine that only measures may lack
+
+    figures = draw(run, out)
     report = out / "report.md"
     report.write_text(markdown(run, [figure.name for figure in figures]), encoding="utf-8")
     return [report, *figures]
@@ -161,11 +151,6 @@ def format_value(measurement: Measurement) -> str:
     return format_number(measurement.median) + unit
 
 
-def _profiles(run: Run) -> list[str]:
-    found = (m.context["profile"] for m in run.measurements if "from" in m.context)
-    return [str(profile) for profile in dict.fromkeys(found)]
-
-
 def _sections(run: Run) -> dict[str, list[Measurement]]:
     """Measurements by profile, without the points of curves."""
     sections: dict[str, list[Measurement]] = {}
@@ -177,11 +162,11 @@ def _sections(run: Run) -> dict[str, list[Measurement]]:
 
 
 def _pivot(run: Run, measurements: list[Measurement], prefix: str) -> list[str]:
-    """Arms against measurements; few arms are columns, many are rows."""
+    """Arms against measurements; few arms are columns, many are rows if the table fits a page."""
     names = list(dict.fromkeys(m.name for m in measurements))
     cell = {(m.arm, m.name): _with_interval(m) for m in measurements}
     labels = [label(name.removeprefix(prefix)) for name in names]
-    if len(run.arms) > FEW_ARMS:
+    if len(run.arms) > FEW_ARMS and len(names) < MANY_NAMES:
         rows = [[arm, *(cell.get((arm, name), "") for name in names)] for arm in run.arms]
         return _table(["arm", *labels], rows)
     rows = [
@@ -203,41 +188,3 @@ def _with_interval(measurement: Measurement) -> str:
 def _table(header: list[str], rows: list[list[str]]) -> list[str]:
     cells = [header, ["---"] * len(header), *rows]
     return ["| " + " | ".join(row) + " |" for row in cells]
-
-
-def _save(figure: Any, path: Path) -> Path:
-    figure.savefig(path, metadata={"Date": None})
-    plt.close(figure)
-    return path
-
-
-def _draw_curve(run: Run, profile: str, out: Path) -> Path:
-    """Mean KLD over the position in the text, one line per arm."""
-    figure, axes = plt.subplots(figsize=(6.4, 3.6))
-    for arm in run.arms:
-        points = [
-            m
-            for m in run.measurements
-            if m.arm == arm and m.context.get("profile") == profile and "from" in m.context
-        ]
-        middle = [(float(m.context["from"] or 0) + float(m.context["to"] or 0)) / 2 for m in points]
-        if any(m.median > 0 for m in points):
-            axes.plot(middle, [m.median for m in points], marker="o", markersize=3, label=arm)
-    axes.set_yscale("log")
-    axes.set_xlabel("position in the text (tokens)")
-    axes.set_ylabel("mean KLD to the fp16 cache (nats)")
-    axes.set_title(f"Divergence by position, {profile} model", loc="left")
-    axes.legend(fontsize=7, frameon=False, loc="center left", bbox_to_anchor=(1, 0.5))
-    return _save(figure, out / f"kld_position_{profile}.svg")
-
-
-def _draw_capacity(run: Run, out: Path) -> Path:
-    """Tokens per GiB of cache, one bar per arm."""
-    found = [m for m in run.measurements if m.name == "tokens_per_gib"]
-    figure, axes = plt.subplots(figsize=(5.2, 1.0 + 0.45 * len(found)))
-    bars = axes.barh([m.arm for m in found], [m.median for m in found], color="#3b6ea5")
-    axes.bar_label(bars, labels=[f"{m.median:,.0f}" for m in found], padding=3)
-    axes.set_xlim(0, 1.2 * max(m.median for m in found))
-    axes.invert_yaxis()
-    axes.set_xlabel("tokens per GiB of KV cache, as the server reports")
-    return _save(figure, out / "capacity.svg")

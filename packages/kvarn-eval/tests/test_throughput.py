@@ -1,0 +1,121 @@
+"""The comparison with a stand-in for the engine process."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from kvarn_eval.schema import Run
+from kvarn_eval.throughput import Settings, measure_arm, run_throughput
+
+CHILD = """
+import json, sys, pathlib
+plan = json.loads(pathlib.Path(sys.argv[1]).read_text())
+cache = plan["engine"]["kv_cache_dtype"]
+print("GPU KV cache size: 1,000 tokens")
+print(f"GPU KV cache size: {5 if cache.startswith('kvarn') else 1},234 tokens")
+if cache == "fp8":
+    sys.exit("no such kernel")
+decode = dict(requests=2, peak=2, preemptions=0, hit_share=1.0, tokens=8, seconds=1.0,
+              rates=[8.0], step_seconds=[0.2, 0.3])
+pathlib.Path(sys.argv[2]).write_text(json.dumps(dict(
+    startup_seconds=1.0, pages=100, page_size=16, requests_that_fit=3, tokens_per_request=30,
+    prefill_tokens=40, prefill_seconds=2.0, equal=decode)))
+"""
+
+
+@pytest.fixture
+def command(tmp_path: Path) -> tuple[str, ...]:
+    program = tmp_path / "child.py"
+    program.write_text(CHILD, encoding="utf-8")
+    return (sys.executable, str(program))
+
+
+def settings(**more: Any) -> Settings:
+    given = {"prompt_tokens": 20, "requests": 2, "output_tokens": 10, "capacity_tokens": 0}
+    return Settings("model", **{**given, **more})
+
+
+def quiet(what: str, done: int, steps: int) -> None:
+    pass
+
+
+def test_arms_that_fail_leave_the_others(tmp_path: Path, command: tuple[str, ...]) -> None:
+    compared = settings(arms=("fp16", "fp8", "kvarn"))
+    run, errors = run_throughput(compared, tmp_path, quiet, command=command)
+    assert list(run.arms) == ["fp16", "kvarn"]
+    assert run.value("kvarn", "reported_tokens") == 5234
+    assert run.value("fp16", "prefill") == 20
+    assert [error.splitlines()[-1] for error in errors] == ["no such kernel"]
+    assert Run.load(tmp_path / "result.json") == run
+
+
+def test_nothing_measured_is_an_error(tmp_path: Path, command: tuple[str, ...]) -> None:
+    with pytest.raises(RuntimeError, match="Arm fp8 ended with status 1"):
+        run_throughput(settings(arms=("fp8",)), tmp_path, quiet, command=command)
+
+
+def test_an_arm_that_hangs_is_ended(tmp_path: Path) -> None:
+    command = (sys.executable, "-c", "import time; time.sleep(60)")
+    with pytest.raises(RuntimeError, match="Arm fp16 took too long"):
+        measure_arm(settings(arm_seconds=0.5), "fp16", tmp_path, command)
+
+
+def test_figures_are_reused_only_if_they_fit(tmp_path: Path, command: tuple[str, ...]) -> None:
+    run_throughput(settings(arms=("fp16",)), tmp_path, quiet, command=command)
+    raw = tmp_path / "arm-fp16.json"
+    found = json.loads(raw.read_text(encoding="utf-8"))
+    raw.write_text(json.dumps({**found, "pages": 500}), encoding="utf-8")
+
+    both = settings(arms=("fp16", "kvarn"))
+    run, _ = run_throughput(both, tmp_path, quiet, reuse=True, command=command)
+    assert run.value("fp16", "pool_tokens") == 500 * 16
+    run, _ = run_throughput(both, tmp_path, quiet, command=command)
+    assert run.value("fp16", "pool_tokens") == 100 * 16
+
+    longer = settings(arms=("fp16",), prompt_tokens=21)
+    with pytest.raises(ValueError, match="other settings"):
+        run_throughput(longer, tmp_path, quiet, reuse=True, command=command)
+    gpus = [{"name": "another", "memory_mib": 1, "driver": "1"}]
+    raw.write_text(json.dumps({**found, "gpus": gpus}), encoding="utf-8")
+    with pytest.raises(ValueError, match="was made on"):
+        run_throughput(both, tmp_path, quiet, reuse=True, command=command)
+
+
+def test_arms_differ_in_their_cache_only() -> None:
+    compared = settings(engine={"max_num_seqs": 8}, turboquant_flash_attention=3)
+    plans = {arm: compared.plan(arm) for arm in compared.arms}
+    assert {arm: plan.engine.pop("kv_cache_dtype") for arm, plan in plans.items()} == {
+        "fp16": "auto",
+        "fp8": "fp8",
+        "turboquant": "turboquant_4bit_nc",
+        "kvarn": "kvarn_k4v2_g128",
+    }
+    assert plans["fp8"].engine.pop("dtype") == "bfloat16"  # its kernel answers in bf16 only
+    plans["fp16"].engine.pop("dtype")
+    assert plans["fp8"].engine == plans["fp16"].engine
+    assert [plan.flash_attn_version for plan in plans.values()] == [None, None, 3, None]
+
+
+def test_the_document_names_options_and_variables(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("VLLM_USE_V2_MODEL_RUNNER", "1")
+    arm = settings(turboquant_flash_attention=3).describe("turboquant")
+    assert {"flash_attn_version=3", "VLLM_USE_V2_MODEL_RUNNER=1", "dtype=float16"} <= set(
+        arm.options
+    )
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"arms": ("fp16", "int8")}, "Unknown arm int8"),
+        ({"capacity_tokens": 21}, "exceeds prompt_tokens"),
+    ],
+)
+def test_wrong_settings_are_refused(wrong: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        settings(**wrong)

@@ -1,0 +1,93 @@
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from kvarn_eval.schema import Verdict
+from kvarn_eval.throughput_gates import LONG, gates, measurements
+
+DECODE = {
+    "requests": 16,
+    "peak": 16,
+    "preemptions": 0,
+    "hit_share": 0.99,
+    "tokens": 100,
+    "seconds": 2.0,
+    "rates": [49.0, 50.0, 51.0],
+    "step_seconds": [0.02, 0.03],
+}
+
+
+def figures(factor: float = 1.0, speed: float = 1.0, tokens: int = LONG) -> dict[str, Any]:
+    """Figures of an arm whose capacity and speed are multiples of the reference."""
+    decode = {**DECODE, "rates": [rate * speed for rate in DECODE["rates"]]}
+    return {
+        "startup_seconds": 70.0,
+        "pages": int(1000 * factor),
+        "page_size": 16,
+        "requests_that_fit": int(100 * factor),
+        "tokens_per_request": tokens + 256,
+        "reported_tokens": int(15_000 * factor),
+        "prefill_tokens": 1000,
+        "prefill_seconds": 0.5 / speed,
+        "plan": {"requests": 16, "prompt_tokens": tokens},
+        "equal": decode,
+        "capacity": {**decode, "prompt_tokens": tokens},
+    }
+
+
+def judge(tested: dict[str, Any], reference: dict[str, Any], *, speed: bool = True):
+    found = [*measurements("kvarn", tested), *measurements("fp16", reference)]
+    return {gate.name: gate for gate in gates({m.key: m for m in found}, speed=speed)}
+
+
+def test_measurements_of_an_arm() -> None:
+    found = {m.name: m for m in measurements("fp16", figures())}
+    assert found["pool_tokens"].median == 16_000
+    assert found["prefill"].median == 2000
+    assert found["decode_equal"].median == 50
+    assert found["decode_equal"].context["requests"] == 16
+    assert found["decode_capacity"].context["prompt_tokens"] == LONG
+    assert found["decode_equal.step_p99"].median == 0.03
+
+
+def test_a_run_without_capacity_has_no_such_measurement() -> None:
+    short = {k: v for k, v in figures().items() if k != "capacity"}
+    assert "decode_capacity" not in {m.name for m in measurements("fp16", short)}
+    assert "decode_capacity" not in judge(short, figures())
+
+
+@pytest.mark.parametrize(
+    ("factor", "speed", "red"),
+    [
+        (4.7, 2.1, set()),
+        (4.5, 2.1, {"pool_tokens"}),
+        (4.1, 2.1, {"pool_tokens", "reported_tokens", "requests_that_fit"}),
+        (4.7, 1.5, {"decode_capacity"}),
+        (4.7, 0.9, {"prefill", "decode_equal", "decode_capacity"}),
+    ],
+    ids=["good", "smaller-pool", "larger-header", "slower-at-capacity", "slower"],
+)
+def test_each_shortfall_turns_its_gate_red(factor: float, speed: float, red: set[str]) -> None:
+    found = judge(figures(factor, speed), figures())
+    assert {name for name, gate in found.items() if gate.verdict is Verdict.FAIL} == red
+    assert all(gate.required for gate in found.values())
+
+
+def test_a_slow_start_is_a_difference_in_seconds() -> None:
+    slow = {**figures(4.7, 2.1), "startup_seconds": 131.0}
+    gate = judge(slow, figures())["startup_seconds"]
+    assert (gate.value, gate.verdict) == (61.0, Verdict.FAIL)
+
+
+def test_without_a_gpu_only_capacity_is_required() -> None:
+    found = judge(figures(4.7, 0.1), figures(), speed=False)
+    required = {name for name, gate in found.items() if gate.required}
+    assert required == {"pool_tokens", "reported_tokens", "requests_that_fit"}
+
+
+def test_short_prompts_decide_nothing() -> None:
+    found = judge(figures(1.5, tokens=600), figures(tokens=600))
+    assert not any(gate.required for gate in found.values())
+    assert found["pool_tokens"].verdict is Verdict.FAIL
