@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
 GAUSSIAN_STEP = tl.constexpr(0.9957)  # as in the reference
-ELEMENTS_PER_WARP = 2048  # 64 fp32 registers per thread hold the tile
+ELEMENTS_PER_WARP = 1024  # 32 fp32 registers per thread hold the tile
 
 
 def encode_key(key: torch.Tensor, layout: RecordLayout, recipe: Recipe) -> torch.Tensor:
@@ -41,7 +41,7 @@ def encode_value(value: torch.Tensor, layout: RecordLayout, recipe: Recipe) -> t
 
 def num_warps(layout: RecordLayout) -> int:
     """Warps per program of the encoder."""
-    return max(4, layout.group * layout.head_dim // ELEMENTS_PER_WARP)
+    return min(layout.group * layout.head_dim // ELEMENTS_PER_WARP, 16)
 
 
 def variants() -> Iterator[Variant]:
@@ -157,9 +157,9 @@ def _store_codes(p_field, codes, K: tl.constexpr, M: tl.constexpr, BITS: tl.cons
     k, m = tl.arange(0, K)[:, None], tl.arange(0, M)[None, :]
     field = (m >> 4) % FM + FM * ((k >> 4) % FK)
     words = codes << (16 * (k & 1) + BITS * field)
-    # k = (chunk, field, register bit 1, lane & 3, half); m = (chunk, field, register bit 0, lane >> 2)
+    # k = (chunk, field, register >> 1, lane & 3, half); m = (chunk, field, register & 1, lane >> 2)
     words = words.reshape(K // (16 * FK), FK, 2, 4, 2, M // (16 * FM), FM, 2, 8)
-    words = tl.sum(tl.sum(tl.sum(words, 6), 4), 1)  # [K chunk, r1, lane & 3, M chunk, r0, lane >> 2]
+    words = tl.sum(tl.sum(tl.sum(words, 6), 4), 1)  # without fields and half
     words = words.trans(3, 0, 5, 2, 1, 4).reshape(K * M * BITS // 32)
     o = tl.arange(0, K * M * BITS // 32)
     tl.store(p_field.to(tl.pointer_type(tl.int32)) + o, words)
@@ -190,7 +190,7 @@ def quantize_rows(  # type: ignore[no-untyped-def]
     wide = factor16.to(tl.float32)
     divisor = wide if RECIPE.relative else factor
     y = t * (_exp2(exponent) / divisor)[None, :]
-    low, high = tl.min(y, 1), tl.max(y, 1)
+    low, high = _extremes(y, 1)
     scale, zero = (high - low) / (2**BITS - 1), low
     mean = tl.zeros_like(low)
     if RESTORE_NORM:
@@ -243,7 +243,7 @@ def _rms_cols(x, ROWS: tl.constexpr):  # type: ignore[no-untyped-def]
 @triton.jit
 def _measure_rows(x, COLS: tl.constexpr):  # type: ignore[no-untyped-def]
     """Sample standard deviation with a floor of RMS / 8."""
-    total, squares = tl.sum(x, 1), tl.sum(x * x, 1)
+    total, squares = _sums(x, x * x, 1)
     return tl.sqrt(tl.maximum(_variance(total, squares, COLS), squares / (64 * COLS)))
 
 
@@ -260,7 +260,8 @@ def _bounded(x):  # type: ignore[no-untyped-def]
 
 @triton.jit
 def _spread(x):  # type: ignore[no-untyped-def]
-    return tl.max(x, 0) / tl.min(x, 0)
+    low, high = _extremes(x, 0)
+    return high / low
 
 
 @triton.jit
@@ -273,11 +274,12 @@ def _normalise_published(t, ROWS: tl.constexpr, COLS: tl.constexpr, ITERATIONS: 
     best_factor = tl.full([COLS], 1.0, tl.float32)
     for _ in range(ITERATIONS):
         log_col = _published_step(log_col, std_cols)
-        x = t * tl.exp(-log_col)[None, :] * tl.exp(-log_row)[:, None]
-        log_row = _published_step(log_row, _std(x, 1, COLS))
-        x = t * tl.exp(-log_col)[None, :] * tl.exp(-log_row)[:, None]
-        std_cols, std_rows = _std(x, 0, ROWS), _std(x, 1, COLS)
-        imbalance = _published_spread(std_cols) + _published_spread(std_rows)
+        col = tl.exp(-log_col)
+        unscaled_rows = _std(t * col[None, :], 1, COLS)  # a row's own factor only scales this
+        log_row = _published_step(log_row, unscaled_rows * tl.exp(-log_row))
+        row = tl.exp(-log_row)
+        std_cols = _std(t * row[:, None], 0, ROWS) * col
+        imbalance = _published_spread(std_cols) + _published_spread(unscaled_rows * row)
         best_factor = tl.where(imbalance <= best, tl.exp(log_col), best_factor)
         best = tl.minimum(imbalance, best)
     return best_factor
@@ -286,8 +288,8 @@ def _normalise_published(t, ROWS: tl.constexpr, COLS: tl.constexpr, ITERATIONS: 
 @triton.jit
 def _std(x, AXIS: tl.constexpr, COUNT: tl.constexpr):  # type: ignore[no-untyped-def]
     """Sample standard deviation along an axis."""
-    variance = _variance(tl.sum(x, AXIS), tl.sum(x * x, AXIS), COUNT)
-    return tl.sqrt(tl.maximum(variance, 0.0))
+    total, squares = _sums(x, x * x, AXIS)
+    return tl.sqrt(tl.maximum(_variance(total, squares, COUNT), 0.0))
 
 
 @triton.jit
@@ -298,7 +300,8 @@ def _published_step(log_factor, deviation):  # type: ignore[no-untyped-def]
 
 @triton.jit
 def _published_spread(deviation):  # type: ignore[no-untyped-def]
-    return tl.max(deviation, 0) / tl.maximum(tl.min(deviation, 0), 1e-8)
+    low, high = _extremes(deviation, 0)
+    return high / tl.maximum(low, 1e-8)
 
 
 @triton.jit
@@ -320,7 +323,7 @@ def _least_squares_range(y, low, high, COLS: tl.constexpr, ROUNDS: tl.constexpr)
     zero = tl.maximum(-1.5 * scale, low)
     for _ in range(ROUNDS):
         codes = _round(y, scale, zero, 2)
-        total, squares = tl.sum(codes, 1), tl.sum(codes * codes, 1)
+        total, squares = _sums(codes, codes * codes, 1)
         variance = squares * COLS - total * total  # integers below 2**24: exact
         covariance = tl.sum(codes * y, 1) * COLS
         scale = tl.where(variance > 0, covariance / tl.where(variance > 0, variance, 1.0), 0.0)
@@ -341,8 +344,23 @@ def _round(y, scale, zero, BITS: tl.constexpr):  # type: ignore[no-untyped-def]
     inverse = tl.where(scale == 0, 0.0, 1.0 / tl.where(scale == 0, 1.0, scale))
     codes = (y - zero[:, None]) * inverse[:, None]
     codes = tl.minimum(tl.maximum(codes, 0.0), 2.0**BITS - 1)
-    magic: tl.constexpr = 1.5 * 2**23  # floats of this size are integers: adding rounds half to even
+    magic: tl.constexpr = (
+        1.5 * 2**23
+    )  # floats of this size are integers: adding rounds half to even
     return (codes + magic) - magic
+
+
+@triton.jit
+def _sums(a, b, AXIS: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Sums of two tiles, in one reduction."""
+    return tl.split(tl.sum(tl.join(a, b), AXIS))
+
+
+@triton.jit
+def _extremes(x, AXIS: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Minimum and maximum along an axis, in one reduction."""
+    high, negative_low = tl.split(tl.max(tl.join(x, -x), AXIS))
+    return -negative_low, high
 
 
 @triton.jit

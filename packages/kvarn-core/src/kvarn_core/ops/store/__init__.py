@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from kvarn_core.dispatch import select
 from kvarn_core.ops.store import reference
 from kvarn_core.spec import Recipe
 
@@ -43,7 +44,14 @@ def write_sink(
         If a shape disagrees with `layout`; the message names the argument.
     """
     _check(key, value, cache, page_table, layout)
-    reference.write_sink(key, value, cache, page_table, seq_lens, cu_seqlens_q, layout=layout)
+    inputs = key, value, cache, page_table, seq_lens, cu_seqlens_q
+    if select(cache.device, layout, engine) == "reference":
+        reference.write_sink(*inputs, layout=layout)
+        return
+    from kvarn_core.ops.store import triton
+
+    most = _check_for_kernels(*inputs, max_query_len)
+    triton.write_sink(*inputs, layout=layout, max_query_len=most)
 
 
 def seal(
@@ -105,10 +113,14 @@ def seal(
     docs/explanation/paging.md.
     """
     _check(key, value, cache, page_table, layout)
-    reference.seal(
-        key, value, cache, page_table, seq_lens, cu_seqlens_q,
-        layout=layout, recipe=recipe, layer=layer,
-    )  # fmt: skip
+    inputs = key, value, cache, page_table, seq_lens, cu_seqlens_q
+    if select(cache.device, layout, engine) == "reference":
+        reference.seal(*inputs, layout=layout, recipe=recipe, layer=layer)
+        return
+    from kvarn_core.ops.store import triton
+
+    most = _check_for_kernels(*inputs, max_query_len)
+    triton.seal(*inputs, layout=layout, recipe=recipe, layer=layer, max_query_len=most)
 
 
 def append(
@@ -141,7 +153,14 @@ def append(
         If a shape disagrees with `layout`; the message names the argument.
     """
     _check(key, value, cache, page_table, layout)
-    reference.append(key, value, cache, page_table, seq_lens, cu_seqlens_q, layout=layout)
+    inputs = key, value, cache, page_table, seq_lens, cu_seqlens_q
+    if select(cache.device, layout, engine) == "reference":
+        reference.append(*inputs, layout=layout)
+        return
+    from kvarn_core.ops.store import triton
+
+    most = _check_for_kernels(*inputs, max_query_len)
+    triton.append(*inputs, layout=layout, max_query_len=most)
 
 
 def _check(
@@ -167,3 +186,28 @@ def _check(
             f"page_table has {page_table.shape[1]} columns. "
             f"{layout.preset.name} needs {layout.header_columns} for the header alone."
         )
+
+
+def _check_for_kernels(
+    key: torch.Tensor,
+    value: torch.Tensor,
+    cache: torch.Tensor,
+    page_table: torch.Tensor,
+    seq_lens: torch.Tensor,
+    cu_seqlens_q: torch.Tensor,
+    max_query_len: int | None,
+) -> int:
+    """Check the strides that kernels rely on; return `max_query_len`, computed if not given."""
+    if cache.stride()[1:] != (cache.shape[2], 1) or cache.stride(0) % 16:
+        raise ValueError(
+            f"cache has strides {cache.stride()}. Pass contiguous pages at multiples of 16 bytes."
+        )
+    for name, rows in (("key", key), ("value", value)):
+        if rows.stride()[1:] != (rows.shape[2], 1) or (len(rows) > 1 and rows.stride(0) % 8):
+            raise ValueError(
+                f"{name} has strides {rows.stride()}. "
+                "Pass contiguous heads and a row stride that is a multiple of 8 elements."
+            )
+    if max_query_len is not None or len(seq_lens) == 0:
+        return max_query_len or 0
+    return int(cu_seqlens_q.diff().max())

@@ -1,0 +1,316 @@
+"""Storing as Triton kernels: exact rows as they come, and whole tiles when they are due.
+
+Nothing is decided on the host: grids follow from the batch, the largest number of new tokens and
+the heads, and a program that finds no work returns. Writing a row costs its bytes and a rotation in
+registers. Sealing costs one program per tile and half (`ops.quantize.triton`), which reads
+2 * G * D bytes of ring, or rotates new rows itself; it is bound by arithmetic, not by memory.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import triton
+import triton.language as tl
+
+from kvarn_core.butterfly import rotate, sanitise, to_fp16
+from kvarn_core.layout import (
+    HEAD_DIMS,
+    HIT_COLUMN,
+    RING_COLUMN,
+    SINK_COLUMN,
+    RecordLayout,
+)
+from kvarn_core.ops.quantize.triton import num_warps, write_key, write_value
+from kvarn_core.spec import PRESETS, Recipe
+from kvarn_core.variants import Variant
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    import torch
+
+HIT, SINK, RING = (tl.constexpr(column) for column in (HIT_COLUMN, SINK_COLUMN, RING_COLUMN))
+PREFILL_ROWS = 16  # rows per program where a request has several new tokens
+SIZES = ("key_stride", "value_stride", "page_stride", "table_stride")
+INDICES = ("p_table", "p_lens", "p_starts")  # slices of larger tensors: any 4-byte alignment
+
+
+def write_sink(
+    key: torch.Tensor,
+    value: torch.Tensor,
+    cache: torch.Tensor,
+    page_table: torch.Tensor,
+    seq_lens: torch.Tensor,
+    cu_seqlens_q: torch.Tensor,
+    *,
+    layout: RecordLayout,
+    max_query_len: int,
+) -> None:
+    """See `kvarn_core.ops.store.write_sink`."""
+    most = min(max_query_len, layout.sink_rows)
+    inputs = key, value, cache, page_table, seq_lens, cu_seqlens_q
+    _launch_rows(*inputs, layout, most, to_ring=False)
+
+
+def append(
+    key: torch.Tensor,
+    value: torch.Tensor,
+    cache: torch.Tensor,
+    page_table: torch.Tensor,
+    seq_lens: torch.Tensor,
+    cu_seqlens_q: torch.Tensor,
+    *,
+    layout: RecordLayout,
+    max_query_len: int,
+) -> None:
+    """See `kvarn_core.ops.store.append`."""
+    most = min(max_query_len, layout.ring_rows)
+    inputs = key, value, cache, page_table, seq_lens, cu_seqlens_q
+    _launch_rows(*inputs, layout, most, to_ring=True)
+
+
+def seal(
+    key: torch.Tensor,
+    value: torch.Tensor,
+    cache: torch.Tensor,
+    page_table: torch.Tensor,
+    seq_lens: torch.Tensor,
+    cu_seqlens_q: torch.Tensor,
+    *,
+    layout: RecordLayout,
+    recipe: Recipe,
+    layer: int,
+    max_query_len: int,
+) -> None:
+    """See `kvarn_core.ops.store.seal`."""
+    batch, heads = len(seq_lens), cache.shape[1]
+    if batch == 0 or max_query_len == 0:
+        return
+    raw = max_query_len > 1  # else every row of a complete tile is in the ring
+    slots = triton.cdiv(max_query_len, layout.group)
+    # a decode step seals at most one head of a request, so one program looks through all of them
+    _seal[(batch * slots, heads if raw else 1, 2)](
+        key, value, cache, page_table, seq_lens, cu_seqlens_q,
+        key.stride(0), value.stride(0), cache.stride(0), page_table.stride(0),
+        slots, heads, layer,
+        LAYOUT=layout, RECIPE=recipe, RAW=raw,
+        num_warps=num_warps(layout), num_stages=1,
+    )  # fmt: skip
+
+
+def variants() -> Iterator[Variant]:
+    """Yield every form of the kernels that can run."""
+    for preset in PRESETS.values():
+        for dim in HEAD_DIMS:
+            layout = RecordLayout(preset, dim)
+            for dtype in ("fp16", "bf16"):
+                name = f"{preset.name}-d{dim}-{dtype}"
+                for rows in (1, PREFILL_ROWS):
+                    for to_ring in (False, True):
+                        what = "append" if to_ring else "sink"
+                        yield Variant(
+                            name=f"{what}-{name}-rows{rows}",
+                            kernel=_write_rows,
+                            signature=_signature(dtype, "blocks"),
+                            constexprs={"LAYOUT": layout, "ROWS": rows, "TO_RING": to_ring},
+                            num_warps=_row_warps(rows),
+                            num_stages=1,
+                        )
+                for recipe in (Recipe.KVARN, Recipe.PAPER):
+                    for raw in (False, True):
+                        yield Variant(
+                            name=f"seal-{name}-{recipe.name}-{'raw' if raw else 'ring'}",
+                            kernel=_seal,
+                            signature=_signature(dtype, "slots", "heads", "layer"),
+                            constexprs={"LAYOUT": layout, "RECIPE": recipe, "RAW": raw},
+                            num_warps=num_warps(layout),
+                            num_stages=1,
+                        )
+
+
+def _signature(dtype: str, *integers: str) -> dict[str, str]:
+    types = {"p_key": f"*{dtype}", "p_value": f"*{dtype}", "p_cache": "*u8"}
+    types |= dict.fromkeys(INDICES, "*i32")
+    return types | dict.fromkeys((*SIZES, *integers), "i32")
+
+
+def _row_warps(rows: int) -> int:
+    return 1 if rows == 1 else 4
+
+
+def _launch_rows(
+    key: torch.Tensor,
+    value: torch.Tensor,
+    cache: torch.Tensor,
+    page_table: torch.Tensor,
+    seq_lens: torch.Tensor,
+    cu_seqlens_q: torch.Tensor,
+    layout: RecordLayout,
+    most: int,
+    *,
+    to_ring: bool,
+) -> None:
+    """Write at most `most` rows per request."""
+    batch, heads = len(seq_lens), cache.shape[1]
+    rows = 1 if most == 1 else PREFILL_ROWS
+    blocks = triton.cdiv(most, rows)
+    if batch * blocks:
+        _write_rows[(batch * blocks, heads)](
+            key, value, cache, page_table, seq_lens, cu_seqlens_q,
+            key.stride(0), value.stride(0), cache.stride(0), page_table.stride(0),
+            blocks,
+            LAYOUT=layout, ROWS=rows, TO_RING=to_ring,
+            num_warps=_row_warps(rows), num_stages=1,
+        )  # fmt: skip
+
+
+# --- exact rows --------------------------------------------------------------------------------
+
+
+@triton.jit(do_not_specialize=[*SIZES, "blocks"], do_not_specialize_on_alignment=INDICES)
+def _write_rows(  # type: ignore[no-untyped-def]
+    p_key,
+    p_value,
+    p_cache,
+    p_table,
+    p_lens,
+    p_starts,
+    key_stride,
+    value_stride,
+    page_stride,
+    table_stride,
+    blocks,
+    LAYOUT: tl.constexpr,
+    ROWS: tl.constexpr,
+    TO_RING: tl.constexpr,
+):
+    """Write ROWS new rows of one head to the ring (if they are the last 2 G) and the sink."""
+    i_request, i_block = tl.program_id(0) // blocks, tl.program_id(0) % blocks
+    i_head = tl.program_id(1)
+    start = tl.load(p_starts + i_request)
+    new = tl.load(p_starts + i_request + 1) - start
+    length = tl.load(p_lens + i_request)
+    first = length - new
+    begin = tl.maximum(first, length - LAYOUT.ring_rows) if TO_RING else first
+    begin += i_block * ROWS
+    end = length if TO_RING else tl.minimum(length, LAYOUT.sink_rows)
+    if (new <= 0) | (length <= 0) | (begin >= end):
+        return
+    position = begin + tl.arange(0, ROWS)
+    mask = position < end
+    token = (start - first + position).to(tl.int64)
+    p_table += i_request.to(tl.int64) * table_stride
+    sink = tl.load(p_table + SINK)
+    to_sink = mask & (position < LAYOUT.sink_rows) & (sink != 0)
+    for is_value in tl.static_range(2):
+        p_new, stride = (p_value, value_stride) if is_value else (p_key, key_stride)
+        x = _new_rows(p_new, stride, token, i_head, mask, LAYOUT, ROWS)
+        pieces = x.reshape(ROWS, LAYOUT.head_dim // 8, 8)
+        if TO_RING:
+            p_ring = _ring_rows(
+                p_cache, page_stride, p_table, position, i_head, is_value, mask, LAYOUT
+            )
+            tl.store(p_ring, pieces, mask=mask[:, None, None])
+        page = tl.full([ROWS], sink, tl.int64)
+        p_sink = _exact_rows(p_cache, page_stride, page, position, i_head, is_value, LAYOUT)
+        tl.store(p_sink, pieces, mask=to_sink[:, None, None])
+
+
+@triton.jit
+def _new_rows(p_new, stride, token, i_head, mask, LAYOUT: tl.constexpr, ROWS: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Load and rotate new rows of one head, fp16 [ROWS, D]; 0 where masked."""
+    D: tl.constexpr = LAYOUT.head_dim
+    p_rows = p_new + token * tl.multiple_of(stride, 8) + i_head * D
+    x = tl.load(p_rows[:, None] + tl.arange(0, D)[None, :], mask=mask[:, None], other=0.0)
+    return to_fp16(rotate(sanitise(x), ROWS, D))
+
+
+@triton.jit
+def _ring_rows(  # type: ignore[no-untyped-def]
+    p_cache, page_stride, p_table, position, i_head, is_value, mask, LAYOUT: tl.constexpr
+):
+    """Pointers [n, D / 8, 8] to the fp16 elements of ring rows, by position."""
+    row = position % LAYOUT.ring_rows
+    page = tl.load(p_table + RING + row // LAYOUT.rows_per_page, mask=mask, other=0)
+    row = row % LAYOUT.rows_per_page
+    return _exact_rows(p_cache, page_stride, page.to(tl.int64), row, i_head, is_value, LAYOUT)
+
+
+@triton.jit
+def _exact_rows(p_cache, page_stride, page, row, i_head, is_value, LAYOUT: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Pointers [n, D / 8, 8] to the fp16 elements of exact rows; see `kvarn_core.exact`."""
+    HALF: tl.constexpr = LAYOUT.row_bytes // 2
+    begin = page * tl.multiple_of(page_stride, 16) + i_head * LAYOUT.record_bytes
+    begin += row * LAYOUT.row_bytes + is_value * HALF
+    piece = tl.arange(0, HALF // 16)[None, :] ^ (row & 7)[:, None]  # layout.exact_piece
+    p_pieces = (p_cache + (begin[:, None] + piece * 16)).to(tl.pointer_type(tl.float16))
+    return p_pieces[:, :, None] + tl.arange(0, 8)[None, None, :]
+
+
+# --- records -----------------------------------------------------------------------------------
+
+
+@triton.jit(
+    do_not_specialize=[*SIZES, "slots", "heads", "layer"], do_not_specialize_on_alignment=INDICES
+)
+def _seal(  # type: ignore[no-untyped-def]
+    p_key,
+    p_value,
+    p_cache,
+    p_table,
+    p_lens,
+    p_starts,
+    key_stride,
+    value_stride,
+    page_stride,
+    table_stride,
+    slots,
+    heads,
+    layer,
+    LAYOUT: tl.constexpr,
+    RECIPE: tl.constexpr,
+    RAW: tl.constexpr,
+):
+    """Encode the K or V tile of a request whose deadline is the i_slot-th among its new tokens.
+
+    RAW: tiles may contain new rows. Without it all rows come from the ring.
+    """
+    G: tl.constexpr = LAYOUT.group
+    i_request, i_slot = tl.program_id(0) // slots, tl.program_id(0) % slots
+    is_value = tl.program_id(2)
+    start = tl.load(p_starts + i_request)
+    new = tl.load(p_starts + i_request + 1) - start
+    length = tl.load(p_lens + i_request)
+    if (new <= 0) | (length <= 0):
+        return
+    first = length - new
+    p_table += i_request.to(tl.int64) * table_stride
+    hits, ring_page = tl.load(p_table + HIT), tl.load(p_table + RING)
+    for i_head in range(tl.program_id(1), heads, tl.num_programs(1)):
+        phase = (29 * ring_page + 37 * layer + 13 * i_head + G // 2 * is_value) % G  # seal_phase
+        deadline = first + (phase + G - first % G) % G + i_slot * G
+        i_tile = deadline // G - 1
+        if (deadline < length) & (i_tile >= hits):
+            page = tl.load(p_table + LAYOUT.header_columns + i_tile).to(tl.int64)
+            p_record = p_cache + (page * page_stride + i_head * LAYOUT.record_bytes)
+            position = i_tile * G + tl.arange(0, G)
+            token = (start - first + position).to(tl.int64)
+            p_new, stride = p_key, key_stride
+            if is_value:
+                p_new, stride = p_value, value_stride
+            p_ring = _ring_rows(
+                p_cache, page_stride, p_table, position, i_head, is_value, position < first, LAYOUT
+            )
+            if RAW:
+                is_old = position < first
+                old = tl.load(p_ring, mask=is_old[:, None, None], other=0.0)
+                x = _new_rows(p_new, stride, token, i_head, ~is_old, LAYOUT, G)
+                x = tl.where(is_old[:, None], old.reshape(G, LAYOUT.head_dim), x)
+            else:
+                x = tl.load(p_ring).reshape(G, LAYOUT.head_dim)
+            x = x.to(tl.float32)
+            if is_value:
+                write_value(x, p_record + LAYOUT.key_bytes, LAYOUT, RECIPE)
+            else:
+                write_key(x, p_record, LAYOUT, RECIPE)
