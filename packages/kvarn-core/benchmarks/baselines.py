@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from functools import partial
+from typing import TYPE_CHECKING
 
 import torch
 from cases import FLASH8, FLASH16, TURBOQUANT, Case, Job
@@ -15,6 +16,9 @@ from cases import FLASH8, FLASH16, TURBOQUANT, Case, Job
 from kvarn_core.rotation import hadamard_matrix
 from kvarn_core.testing.timing import distinct_sets
 from kvarn_core.testing.workload import dense_decode_bytes, page_tables
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
 
 PAGE = 16  # tokens of a vLLM block
 GRAPH_SPLITS = 32  # vLLM's default for CUDA graphs, both backends
@@ -44,7 +48,11 @@ def prepare(kind: str, case: Case, query: torch.Tensor, l2_bytes: int) -> Job:
     ValueError
         If there is no such cache.
     """
-    makers = {FLASH16: _flash, FLASH8: partial(_flash, fp8=True), TURBOQUANT: _turboquant}
+    makers: dict[str, Callable[[Case, torch.Tensor, int], Job]] = {
+        FLASH16: _flash,
+        FLASH8: partial(_flash, fp8=True),
+        TURBOQUANT: _turboquant,
+    }
     if kind not in makers:
         raise ValueError(f"{kind!r} is not a baseline. Choose one of {', '.join(makers)}.")
     return makers[kind](case, query, l2_bytes)

@@ -129,7 +129,7 @@ def prepare_gather(case: Case, device: torch.device, l2_bytes: int, engine: str)
     """Calls of `gather` for the whole context of each request, into a reserved workspace."""
     tokens, heads = sum(case.seq_lens), case.num_kv_heads
     shape = (tokens, heads, case.head_dim)
-    out = tuple(torch.empty(shape, dtype=torch.float16, device=device) for _ in range(2))
+    key, value = (torch.empty(shape, dtype=torch.float16, device=device) for _ in range(2))
     nbytes = decode_bytes(case.layout, case.seq_lens, 0, heads) + 4 * tokens * heads * case.head_dim
     memory = Sets.make(
         case.layout, case.seq_lens, heads, sets=distinct_sets(nbytes, l2_bytes), device=device
@@ -149,7 +149,7 @@ def prepare_gather(case: Case, device: torch.device, l2_bytes: int, engine: str)
             starts=torch.zeros_like(memory.seq_lens),
             cu_seqlens_k=starts,
             max_context_len=max(case.seq_lens),
-            out=out,
+            out=(key, value),
             engine=engine,
         )
         for table in memory.tables

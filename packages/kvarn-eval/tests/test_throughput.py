@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import json
 import sys
-from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
 from kvarn_eval.schema import Run
 from kvarn_eval.throughput import Settings, measure_arm, run_throughput
+
+if TYPE_CHECKING:
+    from pathlib import Path
 
 CHILD = """
 import json, sys, pathlib
