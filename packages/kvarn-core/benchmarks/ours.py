@@ -97,7 +97,8 @@ def prepare_store(
 ) -> dict[str, Job]:
     """Calls of `append` and `seal` when each request of `case` gets `new_tokens` more tokens.
 
-    Bytes of `seal` are those of the tiles that become complete: rows read, records written.
+    Bytes of `seal` are those of the tiles that become complete: rows read, records written. There
+    are at most 20 memory sets: a single step moves too little to empty the L2 cache.
     """
     layout, heads = case.layout, case.num_kv_heads
     row = heads * layout.row_bytes

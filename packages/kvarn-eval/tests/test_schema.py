@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 from pydantic import ValidationError
 
+from kvarn_eval import schema
 from kvarn_eval.schema import (
     Arm,
     Gate,
@@ -122,3 +123,24 @@ def test_the_worst_required_gate_decides(
     run = make_run(gates=gates)
     assert run.verdict == expected
     assert run.verdict.exit_code == status
+
+
+def test_gpus_are_described_by_the_driver(monkeypatch: pytest.MonkeyPatch) -> None:
+    line = "NVIDIA H100 80GB HBM3, 81559, 580.95, 700.00, 1980, [N/A]"
+    monkeypatch.setattr(schema, "_output", lambda *command: f"{line}\n{line}")
+    first, _ = schema.find_gpus()
+    assert (first.name, first.memory_mib, first.power_cap_w) == (
+        "NVIDIA H100 80GB HBM3",
+        81559,
+        700,
+    )
+    assert (first.sm_clock_mhz, first.memory_clock_mhz) == (1980, None)
+    monkeypatch.setattr(schema, "_output", lambda *command: None)
+    assert schema.find_gpus() == []
+
+
+def test_a_copy_without_history_may_be_told_its_commit(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(schema, "_output", lambda *command: None)
+    monkeypatch.setenv("KVARN_COMMIT", "abc")
+    header = describe_run("demo", "0", Model(name="m", weights_sha256=None, dtype="float16"))
+    assert header["git"] == schema.Git(sha="abc", dirty=False)

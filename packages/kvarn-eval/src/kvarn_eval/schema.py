@@ -92,7 +92,7 @@ class Environment(Strict):
 
 
 class Git(Strict):
-    """State of the checkout; `sha` is None outside of one."""
+    """State of the checkout; outside of one, `sha` is ``KVARN_COMMIT`` or None."""
 
     sha: str | None
     dirty: bool
@@ -303,7 +303,7 @@ def _git() -> Git:
     here = str(Path(__file__).parent)
     sha = _output("git", "-C", here, "rev-parse", "HEAD")
     changes = _output("git", "-C", here, "status", "--porcelain", "--untracked-files=no")
-    return Git(sha=sha, dirty=bool(changes))
+    return Git(sha=sha or os.environ.get("KVARN_COMMIT"), dirty=bool(changes))
 
 
 def _environment() -> Environment:
