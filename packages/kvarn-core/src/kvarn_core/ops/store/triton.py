@@ -206,15 +206,14 @@ def _write_rows(  # type: ignore[no-untyped-def]
     for is_value in tl.static_range(2):
         p_new, stride = (p_value, value_stride) if is_value else (p_key, key_stride)
         x = _new_rows(p_new, stride, token, i_head, mask, LAYOUT, ROWS)
-        pieces = x.reshape(ROWS, LAYOUT.head_dim // 8, 8)
         if TO_RING:
             p_ring = _ring_rows(
                 p_cache, page_stride, p_table, position, i_head, is_value, mask, LAYOUT
             )
-            tl.store(p_ring, pieces, mask=mask[:, None, None])
+            tl.store(p_ring, x, mask=mask[:, None])
         page = tl.full([ROWS], sink, tl.int64)
         p_sink = _exact_rows(p_cache, page_stride, page, position, i_head, is_value, LAYOUT)
-        tl.store(p_sink, pieces, mask=to_sink[:, None, None])
+        tl.store(p_sink, x, mask=to_sink[:, None])
 
 
 @triton.jit
@@ -230,7 +229,7 @@ def _new_rows(p_new, stride, token, i_head, mask, LAYOUT: tl.constexpr, ROWS: tl
 def _ring_rows(  # type: ignore[no-untyped-def]
     p_cache, page_stride, p_table, position, i_head, is_value, mask, LAYOUT: tl.constexpr
 ):
-    """Pointers [n, D / 8, 8] to the fp16 elements of ring rows, by position."""
+    """Pointers [n, D] to the fp16 elements of ring rows, by position."""
     row = position % LAYOUT.ring_rows
     page = tl.load(p_table + RING + row // LAYOUT.rows_per_page, mask=mask, other=0)
     row = row % LAYOUT.rows_per_page
@@ -239,13 +238,15 @@ def _ring_rows(  # type: ignore[no-untyped-def]
 
 @triton.jit
 def _exact_rows(p_cache, page_stride, page, row, i_head, is_value, LAYOUT: tl.constexpr):  # type: ignore[no-untyped-def]
-    """Pointers [n, D / 8, 8] to the fp16 elements of exact rows; see `kvarn_core.exact`."""
-    HALF: tl.constexpr = LAYOUT.row_bytes // 2
-    begin = page * tl.multiple_of(page_stride, 16) + i_head * LAYOUT.record_bytes
-    begin += row * LAYOUT.row_bytes + is_value * HALF
-    piece = tl.arange(0, HALF // 16)[None, :] ^ (row & 7)[:, None]  # layout.exact_piece
-    p_pieces = (p_cache + (begin[:, None] + piece * 16)).to(tl.pointer_type(tl.float16))
-    return p_pieces[:, :, None] + tl.arange(0, 8)[None, None, :]
+    """Pointers [n, D] to the fp16 elements of exact rows; see `kvarn_core.exact`."""
+    D: tl.constexpr = LAYOUT.head_dim
+    begin = page * tl.multiple_of(page_stride // 2, 8) + i_head * (LAYOUT.record_bytes // 2)
+    begin += row * (2 * D) + is_value * D
+    # 8 elements are a piece: `layout.exact_piece`
+    channel = tl.arange(0, D)[None, :] ^ ((row & 7) * 8)[:, None]
+    channel = tl.max_contiguous(tl.multiple_of(channel, (1, 8)), (1, 8))
+    p_exact = tl.multiple_of(p_cache.to(tl.pointer_type(tl.float16)), 16)
+    return p_exact + begin[:, None] + channel
 
 
 # --- records -----------------------------------------------------------------------------------
@@ -304,11 +305,11 @@ def _seal(  # type: ignore[no-untyped-def]
             )
             if RAW:
                 is_old = position < first
-                old = tl.load(p_ring, mask=is_old[:, None, None], other=0.0)
+                old = tl.load(p_ring, mask=is_old[:, None], other=0.0)
                 x = _new_rows(p_new, stride, token, i_head, ~is_old, LAYOUT, G)
-                x = tl.where(is_old[:, None], old.reshape(G, LAYOUT.head_dim), x)
+                x = tl.where(is_old[:, None], old, x)
             else:
-                x = tl.load(p_ring).reshape(G, LAYOUT.head_dim)
+                x = tl.load(p_ring)
             x = x.to(tl.float32)
             if is_value:
                 write_value(x, p_record + LAYOUT.key_bytes, LAYOUT, RECIPE)
