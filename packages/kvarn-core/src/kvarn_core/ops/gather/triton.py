@@ -61,7 +61,7 @@ def _gather_kernel(
     p_row = p_table + i_row.to(tl.int64) * table_stride
     position, hits, sink = tl.load(p_positions + i_row), tl.load(p_row + HIT), tl.load(p_row + SINK)
     packed = tl.maximum(tl.maximum(position // G - 1, hits), 0)  # RecordLayout.packed_tiles
-    sink_stop = tl.where((packed > 0) & (sink != 0), SINK_ROWS, 0)
+    sink_stop = tl.where(sink != 0, SINK_ROWS, 0)  # matters where tokens lie in records only
 
     o_token = first + tl.arange(0, TOKENS)
     o_row = tl.load(p_cu_lens + i_row).to(tl.int64) + (o_token - start)
