@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING, Any
 os.environ |= {
     "KVARN_DEBUG_PRESETS": "1",
     "OMP_NUM_THREADS": "1",
-    "TORCHDYNAMO_DISABLE": "1",  # else warming up compiles for half a minute
     "VLLM_CPU_OMP_THREADS_BIND": "nobind",
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
     "VLLM_LOGGING_LEVEL": "WARNING",
@@ -29,6 +28,9 @@ from safetensors.torch import save_file
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
     from pathlib import Path
+
+if not torch.cuda.is_available():
+    os.environ["TORCHDYNAMO_DISABLE"] = "1"  # else warming up compiles for half a minute
 
 VOCABULARY = 512
 POOL_BYTES = 1 << 27
@@ -109,11 +111,11 @@ class Engine:
             "max_num_batched_tokens": 2048,
             "kv_cache_memory_bytes": POOL_BYTES,
             "distributed_executor_backend": UniProcExecutor,
+            "enforce_eager": True,
         }
         self.llm = LLM(
             str(model),
             skip_tokenizer_init=True,
-            enforce_eager=True,
             kv_cache_dtype=kv_cache_dtype,
             **{**settings, **options},
         )
@@ -137,9 +139,19 @@ class Engine:
         self.scheduler._preempt_request = counting
 
     @property
+    def runner(self) -> Any:
+        """vLLM's model runner."""
+        return self.core.model_executor.driver_worker.worker.model_runner
+
+    @property
     def caches(self) -> list[torch.Tensor]:
         """Cache of each layer."""
-        return self.core.model_executor.driver_worker.worker.model_runner.kv_caches
+        return self.runner.kv_caches
+
+    def drain(self) -> None:
+        """Finish the step that asynchronous scheduling has under way."""
+        while getattr(self.core, "batch_queue", None):
+            self.core.step_fn()
 
     def generate(
         self,
@@ -167,6 +179,7 @@ class Engine:
                 if output.finished:
                     answers[int(output.request_id)] = [_answer(one) for one in output.outputs]
             step += 1
+        self.drain()
         assert self.pool.get_num_free_blocks() == self.free_pages
         assert not self.manager.req_to_blocks
         return answers

@@ -1,0 +1,60 @@
+"""A thousand requests on one GPU while the pool is full; served by `soak.py` on both runners."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytestmark = [pytest.mark.gpu, pytest.mark.engine, pytest.mark.slow]
+
+REQUESTS = 1000
+MIB = 1 << 20
+
+
+def serve(runner: str, out: Path) -> dict[str, Any]:
+    environment = {
+        **os.environ,
+        "VLLM_USE_V2_MODEL_RUNNER": str(int(runner == "v2")),
+        "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+        "VLLM_USE_FLASHINFER_SAMPLER": "0",
+        "HF_HUB_OFFLINE": "1",
+    }
+    command = [sys.executable, str(Path(__file__).with_name("soak.py")), str(REQUESTS), str(out)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, (done.stdout + done.stderr)[-8000:]
+    found: dict[str, Any] = json.loads(out.read_text(encoding="utf-8"))
+    print(runner, found)
+    return found
+
+
+@pytest.fixture(scope="module")
+def reports(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Future[dict[str, Any]]]:
+    """Both runners at once, on the same GPU."""
+    folder = tmp_path_factory.mktemp("soak")
+    pool = ThreadPoolExecutor(2)
+    return {name: pool.submit(serve, name, folder / f"{name}.json") for name in ("v1", "v2")}
+
+
+@pytest.mark.parametrize("runner", ["v1", "v2"])
+def test_a_full_pool_leaks_nothing(reports: dict[str, Any], runner: str) -> None:
+    found = reports[runner].result()
+    assert found["foreign"] == []
+    assert found["wrong"] <= 0.01 * found["answered"], found
+    assert found["answered"] + found["aborted"] == REQUESTS
+    assert found["free pages lost"] == found["requests left"] == 0
+    assert abs(found["allocated drift"]) <= 16 * MIB
+    assert found["reserved drift"] <= 16 * MIB
+    assert found["compiled while serving"] == []
+
+    # the run was as hard as it was meant to be
+    assert found["median usage"] >= 0.85, found
+    assert found["preemptions"] >= 50, found
+    assert found["aborted"] >= 50, found
+    assert found["hits"] >= 0.2 * found["answered"], found
