@@ -104,6 +104,17 @@ def test_hits_and_a_missing_sink(kernel_device: torch.device) -> None:
     assert_close(lse, want_lse, tolerance=ROUNDING)
 
 
+def test_a_hit_count_beyond_the_request_is_not_followed(kernel_device: torch.device) -> None:
+    """Its records would lie outside the page table."""
+    tokens = (1, 40)
+    paging = _stored(SMALL, tokens, 1)
+    query = _query(paging, 8, torch.float16)
+    (want, _), _ = _both(paging, query, tokens, kernel_device)
+    paging.page_table[:, HIT_COLUMN] = 1000
+    (got, _), _ = _both(paging, query, tokens, kernel_device)
+    assert_same_bits(got, want)
+
+
 def test_bytes_that_are_not_written_change_no_bit(kernel_device: torch.device) -> None:
     tokens = (150, 64, 1)
     results = []

@@ -202,6 +202,8 @@ def _units(  # type: ignore[no-untyped-def]
     length, hits, sink, G: tl.constexpr, EXACT: tl.constexpr, SINK_UNITS: tl.constexpr
 ):
     """Tiles read as records (`RecordLayout.packed_tiles`) and units of a request."""
+    # a server may warm up with made-up tables: hits beyond the request would leave its row
+    hits = tl.minimum(hits, tl.maximum(length - 1, 0) // G)
     packed = tl.maximum(tl.maximum((length - 1) // G - 1, hits), 0)
     ring = tl.cdiv(length - packed * G, EXACT)
     exact = ring + tl.where((sink != 0) & (packed > 0), SINK_UNITS, 0)
