@@ -322,11 +322,13 @@ def test_warm_up_reserves_the_largest_step_and_runs_every_op_once(
     scratch: list[int], monkeypatch: Any
 ) -> None:
     ran: list[str] = []
+
+    def watched(name: str, op: Any) -> Any:
+        return lambda *args, **options: ran.append(name) or op(*args, **options)
+
     for name in ("write_sink", "seal", "append", "decode", "gather", "rotate_rows"):
         op = getattr(warm_up_module, name)
-        monkeypatch.setattr(
-            warm_up_module, name, lambda *a, _n=name, _op=op, **k: (ran.append(_n), _op(*a, **k))
-        )
+        monkeypatch.setattr(warm_up_module, name, watched(name, op))
     monkeypatch.setattr(workspace, "CONTEXT_TOKENS", 256)
     attention = batched("kvarn_k4v2_g64")
     q, kv = torch.ones(5, Q_HEADS, HEAD_DIM), torch.ones(5, KV_HEADS, HEAD_DIM)

@@ -28,32 +28,31 @@ def manager(monkeypatch: Any) -> Any:
 
 def test_nothing_grows_after_the_reservation(manager: Any) -> None:
     workspace = Workspace(LAYOUT, 4, 2, max_requests=16, max_tokens=512)
-    workspace.reserve(torch.float16)
+    workspace.reserve(torch.float16, torch.device("cpu"))
     manager.lock()
     for requests in (1, 16):
         scratch, lse = workspace.decode(requests)
         assert scratch.numel() == workspace_bytes(16, 4, 2, LAYOUT)
         assert lse.shape == (requests, 4)
-    key, value, query, output = workspace.prefill(CONTEXT_TOKENS, 512, torch.float16)
+    key, value = workspace.context(CONTEXT_TOKENS, torch.float16)
     assert key.shape == value.shape == (CONTEXT_TOKENS, 2, 64)
-    assert query.shape == output.shape == (512, 4, 64)
     with pytest.raises(AssertionError, match="Workspace is locked"):
-        workspace.prefill(CONTEXT_TOKENS, 513, torch.float16)
+        workspace.context(CONTEXT_TOKENS + 1, torch.float16)
 
 
 def test_every_call_gets_the_same_bytes(manager: Any) -> None:
     """A captured graph reads the addresses of the step it was captured in."""
     workspace = Workspace(LAYOUT, 4, 2, max_requests=16, max_tokens=512)
-    workspace.reserve(torch.float16)
+    workspace.reserve(torch.float16, torch.device("cpu"))
     first = [tensor.data_ptr() for tensor in workspace.decode(3)]
-    workspace.prefill(100, 7, torch.float16)
+    workspace.context(100, torch.float16)
     assert [tensor.data_ptr() for tensor in workspace.decode(3)] == first
 
 
 def test_tensors_of_one_call_do_not_overlap(manager: Any) -> None:
     workspace = Workspace(LAYOUT, 4, 2, max_requests=16, max_tokens=512)
-    tensors = workspace.prefill(100, 7, torch.float16)
-    for number, tensor in enumerate(tensors):
-        tensor.fill_(number)
-    assert [tensor.unique().tolist() for tensor in tensors] == [[0.0], [1.0], [2.0], [3.0]]
-    assert all(tensor.data_ptr() % 16 == 0 for tensor in tensors)
+    for tensors in (workspace.context(100, torch.float16), workspace.decode(16)):
+        for number, tensor in enumerate(tensors):
+            tensor.fill_(number)
+        assert [tensor.unique().tolist() for tensor in tensors] == [[0], [1]]
+        assert all(tensor.data_ptr() % 16 == 0 for tensor in tensors)

@@ -11,11 +11,11 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+import torch
+
 from kvarn_core.ops.gather import gather, rotate_rows
 
 if TYPE_CHECKING:
-    import torch
-
     from kvarn_core import RecordLayout
     from kvarn_vllm.flash import FlashAttention
     from kvarn_vllm.metadata import ContextPass, Prefill
@@ -71,11 +71,10 @@ def prefill(
         causal=True, out=output,
     )  # fmt: skip
     for part in step.passes:
-        old_key, old_value, rotated, old = workspace.prefill(
-            part.num_context_tokens, part.tokens.stop - part.tokens.start, query.dtype
-        )
+        old_key, old_value = workspace.context(part.num_context_tokens, query.dtype)
         _gather(cache, page_table, part, old_key, old_value, layout=layout, engine=engine)
-        rotate_rows(query[part.tokens], out=rotated, engine=engine)
+        rotated = rotate_rows(query[part.tokens], engine=engine)
+        old = torch.empty_like(rotated)
         old_lse = attention.attend(
             rotated, old_key, old_value,
             part.cu_seqlens_q, part.cu_seqlens_k, part.max_query_len, part.max_context_len,

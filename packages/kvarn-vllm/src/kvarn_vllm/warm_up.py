@@ -56,12 +56,13 @@ def warm_up(path: Batched, dtype: torch.dtype, device: torch.device) -> None:
         out=torch.empty_like(query), lse=lse, workspace=scratch, engine=path.engine,
     )  # fmt: skip
 
-    old_key, old_value, rotated, out = workspace.prefill(1, 1, dtype)
+    old_key, old_value = workspace.context(1, dtype)
     gather(
         cache, table, nothing, nothing, layout=layout, dtype=dtype, starts=nothing,
         cu_seqlens_k=bounds, max_context_len=1, out=(old_key, old_value), engine=path.engine,
     )  # fmt: skip
-    rotate_rows(query, out=rotated, engine=path.engine)
+    rotated = rotate_rows(query, engine=path.engine)
+    out = torch.empty_like(rotated)
     one = torch.tensor([0, 1], dtype=torch.int32, device=device)
     for causal in (True, False):
         lse = path.attention.attend(rotated, key, key, one, one, 1, 1, causal=causal, out=out)

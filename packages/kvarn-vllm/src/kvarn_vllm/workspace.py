@@ -3,6 +3,9 @@
 The bytes come from vLLM's workspace manager, so all layers share them and a captured graph finds
 them where it left them. Their sizes follow from the configuration alone. What is traded away: a
 context longer than `CONTEXT_TOKENS` is read in several passes.
+
+Rotated queries are not kept here. They are as large as the step, and live while the much larger
+tensors of the layer's MLP do not, so the allocator finds room for them that is counted anyway.
 """
 
 from __future__ import annotations
@@ -41,10 +44,13 @@ class Workspace:
     max_requests: int
     max_tokens: int
 
-    def reserve(self, dtype: torch.dtype) -> None:
-        """Take the largest of everything, so that nothing grows later."""
+    def reserve(self, dtype: torch.dtype, device: torch.device) -> None:
+        """Take the largest of everything, so that nothing grows later and the peak is measured."""
         self.decode(self.max_requests)
-        self.prefill(CONTEXT_TOKENS, self.max_tokens, dtype)
+        self.context(CONTEXT_TOKENS, dtype)
+        queries = (self.max_tokens, self.num_q_heads, self.layout.head_dim)
+        for_prefill = [torch.empty(queries, dtype=dtype, device=device) for _ in range(2)]
+        del for_prefill
 
     def decode(self, requests: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Scratch of the decode op (uint8) and its log-sum-exps [requests, Hq], fp32."""
@@ -56,15 +62,11 @@ class Workspace:
         )
         return scratch, lse
 
-    def prefill(
-        self, context: int, tokens: int, dtype: torch.dtype
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Keys and values [context, Hkv, D], rotated queries and an output [tokens, Hq, D]."""
-        dim = self.layout.head_dim
-        rows = ((context, self.num_kv_heads, dim), dtype)
-        queries = ((tokens, self.num_q_heads, dim), dtype)
-        key, value, query, output = _take(rows, rows, queries, queries)
-        return key, value, query, output
+    def context(self, tokens: int, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+        """Keys and values [tokens, Hkv, D] of older tokens."""
+        rows = ((tokens, self.num_kv_heads, self.layout.head_dim), dtype)
+        key, value = _take(rows, rows)
+        return key, value
 
 
 def _take(*shapes: tuple[tuple[int, ...], torch.dtype]) -> list[torch.Tensor]:
