@@ -45,7 +45,7 @@ def install_locked(session: nox.Session, lock: str) -> None:
 def install_gpu(session: nox.Session) -> None:
     """Install the CUDA lock, or stop where it would be of no use."""
     if not has_gpu():
-        session.skip(f"{session.name} needs one NVIDIA GPU, and this machine has none.")
+        session.skip(f"{session.name} needs one NVIDIA GPU, and this machine has none")
     install_locked(session, "cuda")
 
 
