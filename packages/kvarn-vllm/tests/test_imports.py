@@ -14,7 +14,7 @@ TESTS = Path(__file__).parent
 COVERED_ELSEWHERE = {
     "__init__": "test_register",
     "__main__": "test_doctor",
-    **dict.fromkeys(("batched", "by_request", "flash", "prefill", "warm_up"), "test_impl"),
+    **dict.fromkeys(("batched", "by_request", "flash", "prefill"), "test_impl"),
 }
 
 

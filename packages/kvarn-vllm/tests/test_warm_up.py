@@ -1,0 +1,111 @@
+"""What is launched while serving was launched while warming up, down to Triton's cache keys."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from kvarn_core import Recipe
+from kvarn_vllm import workspace
+from kvarn_vllm.batched import Batched
+from kvarn_vllm.cache_spec import record_layout
+from kvarn_vllm.metadata import KVarNMetadata, lay_out
+from kvarn_vllm.workspace import Workspace
+
+Q_HEADS, KV_HEADS, HEAD_DIM = 8, 2, 64
+CPU = torch.device("cpu")
+
+
+@pytest.fixture
+def launches(monkeypatch: Any) -> set[str]:
+    """Keys of the kernels that would be compiled for an H100; nothing runs."""
+    triton = pytest.importorskip("triton")
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import make_backend
+    from triton.runtime.jit import JITFunction, create_function_from_signature
+
+    if triton.knobs.runtime.interpret:
+        pytest.skip("needs compiled kernels, and TRITON_INTERPRET=1 interprets them")
+    import kvarn_core.ops.decode.triton
+    import kvarn_core.ops.gather.triton
+    import kvarn_core.ops.store.triton  # noqa: F401
+
+    monkeypatch.setenv("TRITON_INTERPRET", "1")  # from now on a CPU tensor is no obstacle
+    backend = make_backend(GPUTarget("cuda", 90, 32))
+    keys: set[str] = set()
+
+    def run(kernel: Any, *args: Any, grid: Any, warmup: bool, **options: Any) -> None:
+        binder = create_function_from_signature(kernel.signature, kernel.params, backend)
+        _, specialization, rest = binder(*args, **options)
+        keys.add(f"{kernel.fn.__name__} {specialization} {rest}")
+
+    monkeypatch.setattr(JITFunction, "run", run)
+    return keys
+
+
+class NoAttention:
+    """FlashAttention is compiled ahead; here it only has to return."""
+
+    def attend(self, query: torch.Tensor, *args: Any, **options: Any) -> torch.Tensor:
+        return torch.zeros(query.shape[1], len(query))
+
+    def merge(self, out: torch.Tensor, lse: torch.Tensor, *others: torch.Tensor) -> torch.Tensor:
+        return lse
+
+
+def serve(path: Batched, new: list[int], contexts: list[int], columns: int, layer: int) -> None:
+    """One step with decode rows first; tensors are slices of larger ones, as vLLM passes them."""
+    layout, total, rows = path.layout, sum(new), len(new)
+    fused = torch.zeros(total, (Q_HEADS + 2 * KV_HEADS) * HEAD_DIM, dtype=torch.float16)
+    query, key, value = (
+        part.view(total, -1, HEAD_DIM)
+        for part in fused.split([h * HEAD_DIM for h in (Q_HEADS, KV_HEADS, KV_HEADS)], dim=1)
+    )
+    lengths = [count + context for count, context in zip(new, contexts, strict=True)]
+    prefills = [row for row in range(rows) if new[row] > 1]
+    num_decodes = prefills[0] if prefills else rows
+    tables = (new[num_decodes:], contexts[num_decodes:], layout.group, CPU, 256)
+    step = KVarNMetadata(
+        page_table=torch.zeros(rows + 3, columns, dtype=torch.int32)[3:],
+        seq_lens=torch.tensor([0, *lengths], dtype=torch.int32)[1:],
+        cu_seqlens_q=torch.tensor([0, 0, *new], dtype=torch.int32).cumsum(0).int()[1:],
+        num_tokens=total,
+        num_decodes=num_decodes,
+        max_query_len=max(new),
+        prefill=lay_out(num_decodes, *tables) if prefills else None,
+    )
+    cache = torch.zeros(3, KV_HEADS, layout.record_bytes, dtype=torch.uint8)
+    path.serve(query, key, value, cache, step, torch.zeros_like(query), layer=layer)
+
+
+STEPS = [
+    ([1], [0]),
+    ([1] * 16, list(range(400, 416))),
+    ([1] * 17, [999] * 17),
+    ([16], [0]),
+    ([300, 2, 1], [0, 0, 0]),
+    ([1, 5, 64, 65], [700, 1, 64, 513]),
+    ([1, 1, 1, 16, 128, 257], [1, 16, 128, 1024, 0, 16]),
+]
+
+
+@pytest.mark.parametrize("preset", ["kvarn_k4v2_g128", "kvarn_k2v2_g64"])
+def test_serving_launches_nothing_new(preset: str, launches: set[str], monkeypatch: Any) -> None:
+    def take(*shapes: tuple[tuple[int, ...], torch.dtype]) -> list[torch.Tensor]:
+        return [torch.zeros(shape, dtype=dtype) for shape, dtype in shapes]
+
+    monkeypatch.setattr(workspace, "_take", take)
+    monkeypatch.setattr(workspace, "CONTEXT_TOKENS", 256)
+    layout = record_layout(preset, HEAD_DIM)
+    scratch = Workspace(layout, Q_HEADS, KV_HEADS, max_requests=32, max_tokens=1024)
+    path = Batched(layout, Recipe.KVARN, 0.125, "triton", NoAttention(), scratch)
+    path.warm_up(SimpleNamespace(dtype=torch.float16, device=CPU))
+    warm = set(launches)
+    assert len(warm) >= 8, "the kernels of every op, in their forms"
+    for layer, columns in ((0, 19), (1, 32), (63, 17)):
+        for new, contexts in STEPS:
+            serve(path, new, contexts, columns, layer)
+    assert launches == warm, launches - warm
