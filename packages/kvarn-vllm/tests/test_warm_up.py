@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -100,9 +99,9 @@ def test_serving_launches_nothing_new(preset: str, launches: set[str], monkeypat
     monkeypatch.setattr(workspace, "_take", take)
     monkeypatch.setattr(workspace, "CONTEXT_TOKENS", 256)
     layout = record_layout(preset, HEAD_DIM)
-    scratch = Workspace(layout, Q_HEADS, KV_HEADS, max_requests=32, max_tokens=1024)
+    scratch = Workspace(layout, Q_HEADS, KV_HEADS, max_requests=32)
     path = Batched(layout, Recipe.KVARN, 0.125, "triton", NoAttention(), scratch)
-    path.warm_up(SimpleNamespace(dtype=torch.float16, device=CPU))
+    path.warm_up(torch.empty(7, Q_HEADS, HEAD_DIM, dtype=torch.float16))
     warm = set(launches)
     assert len(warm) >= 8, "the kernels of every op, in their forms"
     for layer, columns in ((0, 19), (1, 32), (63, 17)):

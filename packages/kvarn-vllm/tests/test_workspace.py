@@ -27,8 +27,8 @@ def manager(monkeypatch: Any) -> Any:
 
 
 def test_nothing_grows_after_the_reservation(manager: Any) -> None:
-    workspace = Workspace(LAYOUT, 4, 2, max_requests=16, max_tokens=512)
-    workspace.reserve(torch.float16, torch.device("cpu"))
+    workspace = Workspace(LAYOUT, 4, 2, max_requests=16)
+    workspace.reserve(torch.empty(512, 4, 64, dtype=torch.float16))
     manager.lock()
     for requests in (1, 16):
         scratch, lse = workspace.decode(requests)
@@ -42,15 +42,15 @@ def test_nothing_grows_after_the_reservation(manager: Any) -> None:
 
 def test_every_call_gets_the_same_bytes(manager: Any) -> None:
     """A captured graph reads the addresses of the step it was captured in."""
-    workspace = Workspace(LAYOUT, 4, 2, max_requests=16, max_tokens=512)
-    workspace.reserve(torch.float16, torch.device("cpu"))
+    workspace = Workspace(LAYOUT, 4, 2, max_requests=16)
+    workspace.reserve(torch.empty(512, 4, 64, dtype=torch.float16))
     first = [tensor.data_ptr() for tensor in workspace.decode(3)]
     workspace.context(100, torch.float16)
     assert [tensor.data_ptr() for tensor in workspace.decode(3)] == first
 
 
 def test_tensors_of_one_call_do_not_overlap(manager: Any) -> None:
-    workspace = Workspace(LAYOUT, 4, 2, max_requests=16, max_tokens=512)
+    workspace = Workspace(LAYOUT, 4, 2, max_requests=16)
     for tensors in (workspace.context(100, torch.float16), workspace.decode(16)):
         for number, tensor in enumerate(tensors):
             tensor.fill_(number)

@@ -56,7 +56,7 @@ class Batched:
 
     def warm_up(self, query: torch.Tensor) -> None:
         """Reserve all scratch memory; load every kernel if no layer of this kind has yet."""
-        self.workspace.reserve(query.dtype, query.device)
+        self.workspace.reserve(query)
         warm_up(self, query.dtype, query.device)
 
     def serve(

@@ -81,13 +81,8 @@ class KVarNImpl(AttentionImpl):  # type: ignore[misc]
         if not serves_batches(options, layout):
             sealed = options.prefill == "sealed"
             return ByRequest(layout, options.recipe, self.scale, engine, sealed)
-        scheduler = vllm_config.scheduler_config
         workspace = Workspace(
-            layout,
-            self.num_heads,
-            self.num_kv_heads,
-            max_requests=scheduler.max_num_seqs,
-            max_tokens=scheduler.max_num_batched_tokens,
+            layout, self.num_heads, self.num_kv_heads, vllm_config.scheduler_config.max_num_seqs
         )
         attention = FlashAttention.for_gpu(self.scale, self.head_size)
         return Batched(layout, options.recipe, self.scale, engine, attention, workspace)

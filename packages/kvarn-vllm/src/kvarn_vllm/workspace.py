@@ -34,23 +34,25 @@ class Workspace:
         Byte layout of the preset.
     num_q_heads, num_kv_heads : int
         Heads of the layer on this rank.
-    max_requests, max_tokens : int
-        Requests and new tokens of the largest step.
+    max_requests : int
+        Requests of the largest step.
     """
 
     layout: RecordLayout
     num_q_heads: int
     num_kv_heads: int
     max_requests: int
-    max_tokens: int
 
-    def reserve(self, dtype: torch.dtype, device: torch.device) -> None:
-        """Take the largest of everything, so that nothing grows later and the peak is measured."""
+    def reserve(self, query: torch.Tensor) -> None:
+        """Take the largest of everything, so that nothing grows later.
+
+        Then take and release what prefill needs for `query`, the queries of a profile run, so that
+        it is part of the peak that vLLM measures.
+        """
         self.decode(self.max_requests)
-        self.context(CONTEXT_TOKENS, dtype)
-        queries = (self.max_tokens, self.num_q_heads, self.layout.head_dim)
-        for_prefill = [torch.empty(queries, dtype=dtype, device=device) for _ in range(2)]
-        del for_prefill
+        self.context(CONTEXT_TOKENS, query.dtype)
+        rotated, output = torch.empty_like(query), torch.empty_like(query)
+        del rotated, output
 
     def decode(self, requests: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Scratch of the decode op (uint8) and its log-sum-exps [requests, Hq], fp32."""
