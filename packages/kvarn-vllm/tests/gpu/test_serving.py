@@ -95,7 +95,6 @@ def test_answers_are_right(report: dict[str, Any], configuration: str) -> None:
     assert max(wrong.values()) <= WRONG, wrong
     assert report["preemptions"] > 0
     assert report["again"]["hits"] >= 8 * 1024
-    assert report["cold"]["hits"] == 0 or report["preemptions"], "nothing was cached at first"
 
 
 @each
@@ -169,6 +168,14 @@ def test_predictions_move_as_far_as_the_policy_says(
 ) -> None:
     """Half precision adds noise of its own; half of the policy's distance says it was quantised."""
     rows = np.load(reports["folder"] / f"{configuration}.npz")
-    moved = np.mean([divergence(exact, rows[str(i)]) for i, (exact, _) in enumerate(oracles)])
+    served = [rows[str(number)] for number in range(len(oracles))]
+    moved = np.mean(
+        [divergence(exact, row) for (exact, _), row in zip(oracles, served, strict=True)]
+    )
     policy = np.mean([divergence(exact, kvarn) for exact, kvarn in oracles])
+    apart = np.mean(
+        [divergence(kvarn, row) for (_, kvarn), row in zip(oracles, served, strict=True)]
+    )
+    print(configuration, {"moved": moved, "policy": policy, "apart": apart})
     assert 0.5 * policy < moved < 1.5 * policy + 0.002, (moved, policy)
+    assert apart < 0.5 * policy + 0.002, (apart, policy)
