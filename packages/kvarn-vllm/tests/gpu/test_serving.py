@@ -42,6 +42,7 @@ def serve(configuration: str, folder: Path) -> dict[str, Any]:
         "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
         "VLLM_USE_FLASHINFER_SAMPLER": "0",
         "HF_HUB_OFFLINE": "1",
+        "VLLM_CACHE_ROOT": str(folder / f"cache-{configuration}"),  # others compile the same model
     }
     command = [sys.executable, str(Path(__file__).with_name("serve.py")), dtype, mode, str(out)]
     done = subprocess.run(command, env=environment, capture_output=True, text=True)

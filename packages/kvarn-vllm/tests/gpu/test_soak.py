@@ -25,6 +25,7 @@ def serve(runner: str, out: Path) -> dict[str, Any]:
         "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
         "VLLM_USE_FLASHINFER_SAMPLER": "0",
         "HF_HUB_OFFLINE": "1",
+        "VLLM_CACHE_ROOT": str(out.with_suffix(".cache")),
     }
     command = [sys.executable, str(Path(__file__).with_name("soak.py")), str(REQUESTS), str(out)]
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
