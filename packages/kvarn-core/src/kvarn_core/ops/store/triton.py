@@ -89,8 +89,9 @@ def seal(
         return
     raw = max_query_len > 1  # else every row of a complete tile is in the ring
     slots = triton.cdiv(max_query_len, layout.group)
-    # a decode step seals at most one head of a request, so one program looks through all of them
-    _seal[(batch * slots, heads if raw else 1, 2)](
+    # one new token is the deadline of at most one head in G
+    columns = heads if raw else triton.cdiv(heads, layout.group)
+    _seal[(batch * slots, columns, 2)](
         key, value, cache, page_table, seq_lens, cu_seqlens_q,
         key.stride(0), value.stride(0), cache.stride(0), page_table.stride(0),
         slots, heads, layer,
@@ -287,31 +288,31 @@ def _seal(  # type: ignore[no-untyped-def]
         return
     first = length - new
     p_table += i_request.to(tl.int64) * table_stride
-    hits, ring_page = tl.load(p_table + HIT), tl.load(p_table + RING)
-    for i_head in range(tl.program_id(1), heads, tl.num_programs(1)):
-        phase = (29 * ring_page + 37 * layer + 13 * i_head + G // 2 * is_value) % G  # seal_phase
-        deadline = first + (phase + G - first % G) % G + i_slot * G
-        i_tile = deadline // G - 1
-        if (deadline < length) & (i_tile >= hits):
-            page = tl.load(p_table + LAYOUT.header_columns + i_tile).to(tl.int64)
-            p_record = p_cache + (page * page_stride + i_head * LAYOUT.record_bytes)
-            position = i_tile * G + tl.arange(0, G)
-            token = (start - first + position).to(tl.int64)
-            p_new, stride = p_key, key_stride
-            if is_value:
-                p_new, stride = p_value, value_stride
-            p_ring = _ring_rows(
-                p_cache, page_stride, p_table, position, i_head, is_value, position < first, LAYOUT
-            )
-            if RAW:
-                is_old = position < first
-                old = tl.load(p_ring, mask=is_old[:, None], other=0.0)
-                x = _new_rows(p_new, stride, token, i_head, ~is_old, LAYOUT, G)
-                x = tl.where(is_old[:, None], old, x)
-            else:
-                x = tl.load(p_ring)
-            x = x.to(tl.float32)
-            if is_value:
-                write_value(x, p_record + LAYOUT.key_bytes, LAYOUT, RECIPE)
-            else:
-                write_key(x, p_record, LAYOUT, RECIPE)
+    hits = tl.load(p_table + HIT)
+    # layout.seal_phase of head 0; head i adds 13 i
+    phase = 29 * tl.load(p_table + RING) + 37 * layer + G // 2 * is_value
+    i_head = tl.program_id(1)
+    if not RAW:  # at most one head in G has its deadline at the only new token; 69 * 13 % 128 == 1
+        i_head = i_head * G + 69 * (first % G + G - phase % G) % G
+    deadline = first + ((phase + 13 * i_head) % G + G - first % G) % G + i_slot * G
+    i_tile = deadline // G - 1
+    if (i_head >= heads) | (deadline >= length) | (i_tile < hits):
+        return
+    page = tl.load(p_table + LAYOUT.header_columns + i_tile).to(tl.int64)
+    p_record = p_cache + (page * page_stride + i_head * LAYOUT.record_bytes)
+    position = i_tile * G + tl.arange(0, G)
+    is_old = position < first
+    p_ring = _ring_rows(p_cache, page_stride, p_table, position, i_head, is_value, is_old, LAYOUT)
+    x = tl.load(p_ring, mask=is_old[:, None], other=0.0)
+    if RAW:
+        token = (start - first + position).to(tl.int64)
+        p_new, stride = p_key, key_stride
+        if is_value:
+            p_new, stride = p_value, value_stride
+        new_rows = _new_rows(p_new, stride, token, i_head, ~is_old, LAYOUT, G)
+        x = tl.where(is_old[:, None], x, new_rows)
+    x = x.to(tl.float32)
+    if is_value:
+        write_value(x, p_record + LAYOUT.key_bytes, LAYOUT, RECIPE)
+    else:
+        write_key(x, p_record, LAYOUT, RECIPE)
