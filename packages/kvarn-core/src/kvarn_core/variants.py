@@ -33,6 +33,8 @@ class Variant:
         Value of each compile-time parameter.
     num_warps, num_stages : int
         Launch options.
+    maxnreg : int, optional
+        Limit of registers per thread, so that more programs are resident.
     """
 
     name: str
@@ -41,6 +43,7 @@ class Variant:
     constexprs: Mapping[str, object]
     num_warps: int
     num_stages: int
+    maxnreg: int | None = None
 
 
 @dataclass(frozen=True)
@@ -101,7 +104,11 @@ def compile(variant: Variant, arch: int) -> Resources:
         if types[p.name].startswith("*") and not p.do_not_specialize_on_alignment
     }
     source = ASTSource(variant.kernel, types, dict(variant.constexprs), aligned)
-    options = {"num_warps": variant.num_warps, "num_stages": variant.num_stages}
+    options = {
+        "num_warps": variant.num_warps,
+        "num_stages": variant.num_stages,
+        "maxnreg": variant.maxnreg,
+    }
     compiled = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
     report = _resource_usage(compiled.asm["cubin"])
     return Resources(

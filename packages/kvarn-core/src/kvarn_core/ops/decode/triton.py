@@ -32,8 +32,9 @@ if TYPE_CHECKING:
 HEADS = tl.constexpr(8)  # query heads per program: the N of the mma
 LOG2_E = 1.4426950408889634
 LN_2 = tl.constexpr(0.6931471805599453)
-PROGRAMS_PER_SM = 32  # aimed at; about four waves of resident warps
-MAX_SPLITS = 128
+PROGRAMS_PER_SM = 12  # resident with 168 registers; the splits fill one wave
+REGISTERS = 176  # a limit; 168 are used
+MAX_SPLITS = 256
 
 
 @triton.jit(
@@ -408,14 +409,14 @@ def decode(
     _combine_kernel[(num_q_heads, batch)](
         partial, state, page_table, seq_lens, out, lse,
         page_table.stride(0), out.stride(0), num_q_heads, splits,
-        **_combine_constants(layout), num_warps=1, num_stages=1,
+        **_combine_constants(layout), num_warps=4, num_stages=1,
     )  # fmt: skip
 
 
 def _splits(batch: int, num_q_heads: int, num_kv_heads: int) -> int:
-    """Splits of each request: enough programs for some waves, whatever the lengths."""
+    """Splits of each request: as many programs as are resident at once, whatever the lengths."""
     head_blocks = num_kv_heads * -(-(num_q_heads // num_kv_heads) // HEADS.value)
-    wanted = -(-PROGRAMS_PER_SM * _processors() // (batch * head_blocks))
+    wanted = PROGRAMS_PER_SM * _processors() // (batch * head_blocks)
     return min(max(wanted, 1), MAX_SPLITS)
 
 
@@ -457,14 +458,16 @@ def _decode_constants(layout: RecordLayout) -> dict[str, int]:
     }
 
 
-def _decode_options(layout: RecordLayout) -> dict[str, int]:
-    return {"num_warps": 1 if layout.head_dim <= 128 else 2, "num_stages": 2}
+def _decode_options(layout: RecordLayout) -> dict[str, int | None]:
+    if layout.head_dim == 256:
+        return {"num_warps": 2, "num_stages": 2, "maxnreg": None}
+    return {"num_warps": 1, "num_stages": 2, "maxnreg": REGISTERS}
 
 
 @cache
 def _combine_constants(layout: RecordLayout) -> dict[str, int]:
     names = ("D", "G", "EXACT", "SINK_UNITS", "HIT", "SINK")
-    return {name: _decode_constants(layout)[name] for name in names} | {"BLOCK": 8}
+    return {name: _decode_constants(layout)[name] for name in names} | {"BLOCK": 32}
 
 
 def variants() -> Iterator[Variant]:
@@ -503,7 +506,7 @@ def variants() -> Iterator[Variant]:
                     **dict.fromkeys(("num_q_heads", "splits"), "i32"),
                 },
                 dict(_combine_constants(layout)),
-                num_warps=1,
+                num_warps=4,
                 num_stages=1,
             )
 
