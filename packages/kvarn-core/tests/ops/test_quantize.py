@@ -17,6 +17,7 @@ from kvarn_core.spec import DEBUG_PRESETS, PRESETS, Recipe
 from kvarn_core.testing import naive
 from kvarn_core.testing.compare import assert_close, assert_same_bits, relative_error
 from kvarn_core.testing.inputs import DISTRIBUTIONS, draw, fixed_tile, gaussian, spread_tiles
+from kvarn_core.testing.records import assert_equivalent_records, sizes
 
 Array = np.ndarray[Any, Any]
 GOLDEN = Path(__file__).parent.parent / "golden"
@@ -30,14 +31,6 @@ LAYOUTS = [
 ]
 each_layout = pytest.mark.parametrize("layout", LAYOUTS)
 each_recipe = pytest.mark.parametrize("recipe", RECIPES, ids=lambda recipe: recipe.name)
-
-
-def _sizes(layout: RecordLayout) -> dict[str, int]:
-    preset = layout.preset
-    return {
-        "group": layout.group, "dim": layout.head_dim,
-        "key_bits": preset.key_bits, "value_bits": preset.value_bits,
-    }  # fmt: skip
 
 
 def _coded(
@@ -82,7 +75,7 @@ def test_any_bytes_decode_like_the_naive_decoder_bit_for_bit(layout: RecordLayou
         vector = to_fp16(torch.randn(field.nbytes // 2, generator=generator))
         record[0, field.offset : field.end] = vector.view(torch.uint8)
     got = dequantize(record, layout)
-    want = naive.decode(record[0].numpy(), **_sizes(layout))
+    want = naive.decode(record[0].numpy(), **sizes(layout))
     for mine, theirs in zip(got, want, strict=True):
         assert_same_bits(mine[0], torch.from_numpy(np.ascontiguousarray(theirs)))
     for mine, theirs in zip(dequantize(record, layout, torch.float16), want, strict=True):
@@ -99,37 +92,14 @@ def test_golden_records(layout: RecordLayout, recipe: Recipe) -> None:
         record, digest = golden.get_tensor(case), golden.metadata()[case]
     decoded = dequantize(record[None], layout)
     assert hashlib.sha256(torch.cat(decoded).numpy().tobytes()).hexdigest() == digest
-    tiles = [fixed_tile(layout.group, layout.head_dim, seed=layout.head_dim + i) for i in (0, 1)]
-    encoded = quantize(tiles[0][None], tiles[1][None], layout, recipe)[0]
-    _assert_equivalent_records(encoded.numpy(), record.numpy(), tiles, layout, recipe)
+    tiles = [
+        fixed_tile(layout.group, layout.head_dim, seed=layout.head_dim + i)[None] for i in (0, 1)
+    ]
+    encoded = quantize(*tiles, layout, recipe)
+    assert_equivalent_records(encoded, record[None], *tiles, layout, recipe)
 
 
 # --- two encoders ---------------------------------------------------------------------------------
-
-
-def _assert_equivalent_records(
-    got: Array, want: Array, tiles: list[torch.Tensor], layout: RecordLayout, recipe: Recipe
-) -> None:
-    """Check what two implementations may differ in: the order of their sums, nothing else."""
-    mine, theirs = (naive.fields(record, **_sizes(layout)) for record in (got, want))
-    for codes, factor in ((0, 3), (4, 5)):
-        ratio = 1.0
-        if recipe is Recipe.PAPER:  # equally good passes differ by a common factor
-            ratio = float(np.median(mine[factor] / theirs[factor]))
-        ulps = np.abs(mine[factor] / ratio - theirs[factor]) / np.spacing(
-            theirs[factor].astype(np.float16)
-        ).astype(float)
-        allowed = 1 if recipe is Recipe.KVARN else 2
-        assert ulps.max() <= 2, ("column factors", ulps.max())
-        assert (ulps <= allowed).mean() >= 0.99
-        steps = np.abs(mine[codes] - theirs[codes])  # [G, D]; K has a factor per token
-        assert (steps == 0).mean() >= 0.999
-        equal = ulps == 0
-        assert (steps[equal] if factor == 3 else steps[:, equal]).max(initial=0) <= 1
-    decoded = (naive.decode(record, **_sizes(layout)) for record in (got, want))
-    for tile, first, second in zip(tiles, *decoded, strict=True):
-        errors = [relative_error(torch.from_numpy(x.copy()), tile) for x in (first, second)]
-        assert errors[0] ** 2 == pytest.approx(errors[1] ** 2, rel=1e-3)
 
 
 @each_layout
@@ -139,13 +109,13 @@ def test_a_naive_encoder_agrees(layout: RecordLayout, recipe: Recipe) -> None:
     key = spread_tiles(1, group, dim, row_spread=0.3, col_spread=0.15, seed=dim)[0]
     key += 3 * gaussian((1, dim), torch.Generator().manual_seed(group))  # channel means
     value = 0.2 * spread_tiles(1, group, dim, row_spread=0.5, col_spread=0.4, seed=group)[0]
-    tiles = [to_fp16(key), to_fp16(value)]
+    tiles = [to_fp16(key)[None], to_fp16(value)[None]]
     want = naive.encode(
-        tiles[0].numpy(), tiles[1].numpy(), key_bits=layout.preset.key_bits,
+        tiles[0][0].numpy(), tiles[1][0].numpy(), key_bits=layout.preset.key_bits,
         value_bits=layout.preset.value_bits, recipe=recipe.name,
     )  # fmt: skip
-    got = quantize(tiles[0][None], tiles[1][None], layout, recipe)[0].numpy()
-    _assert_equivalent_records(got, want, tiles, layout, recipe)
+    got = quantize(*tiles, layout, recipe)
+    assert_equivalent_records(got, torch.from_numpy(want)[None], *tiles, layout, recipe)
 
 
 def test_the_best_pass_is_kept_on_a_tile_that_gets_worse() -> None:

@@ -11,8 +11,6 @@ from kvarn_core.ops.quantize import reference
 from kvarn_core.spec import Recipe
 
 if TYPE_CHECKING:
-    from types import ModuleType
-
     from kvarn_core.layout import RecordLayout
 
 
@@ -70,7 +68,11 @@ def quantize_key(
 ) -> torch.Tensor:
     """Encode K tiles [N, G, D] into the K part [N, layout.key_bytes], uint8; see `quantize`."""
     _check_tiles("key", key, layout)
-    return _engine(key, layout, engine).encode_key(key, layout, recipe)
+    if select(key.device, layout, engine) == "reference":
+        return reference.encode_key(key, layout, recipe)
+    from kvarn_core.ops.quantize import triton
+
+    return triton.encode_key(key, layout, recipe)
 
 
 def quantize_value(
@@ -82,7 +84,11 @@ def quantize_value(
 ) -> torch.Tensor:
     """Encode V tiles [N, G, D] into the V part of records, uint8; see `quantize`."""
     _check_tiles("value", value, layout)
-    return _engine(value, layout, engine).encode_value(value, layout, recipe)
+    if select(value.device, layout, engine) == "reference":
+        return reference.encode_value(value, layout, recipe)
+    from kvarn_core.ops.quantize import triton
+
+    return triton.encode_value(value, layout, recipe)
 
 
 def dequantize(
@@ -123,14 +129,6 @@ def dequantize(
         )
     select(records.device, layout, engine)  # an engine that cannot run is refused here too
     return reference.decode(records, layout, dtype)
-
-
-def _engine(tiles: torch.Tensor, layout: RecordLayout, engine: str | None) -> ModuleType:
-    if select(tiles.device, layout, engine) == "reference":
-        return reference
-    from kvarn_core.ops.quantize import triton
-
-    return triton
 
 
 def _check_tiles(name: str, tiles: torch.Tensor, layout: RecordLayout) -> None:

@@ -1,0 +1,89 @@
+from __future__ import annotations
+
+import pytest
+import torch
+
+from kvarn_core.layout import RecordLayout
+from kvarn_core.ops.quantize import quantize
+from kvarn_core.spec import PRESETS, Recipe
+from kvarn_core.testing.inputs import spread_tiles
+from kvarn_core.testing.records import assert_equivalent_records
+
+LAYOUT = RecordLayout(PRESETS["kvarn_k4v2_g64"], 64)
+KEY, VALUE = (
+    spread_tiles(2, 64, 64, row_spread=0.3, col_spread=0.3, seed=seed).half() for seed in (1, 2)
+)
+
+
+def _records() -> torch.Tensor:
+    return quantize(KEY, VALUE, LAYOUT, engine="reference")
+
+
+def _halves(records: torch.Tensor, name: str) -> torch.Tensor:
+    """A record field as fp16 bit patterns that can be changed in place."""
+    field = LAYOUT.fields[name]
+    return records[:, field.offset : field.end].view(torch.int16)
+
+
+def test_equal_records_are_equivalent() -> None:
+    assert_equivalent_records(_records(), _records(), KEY, VALUE, LAYOUT)
+
+
+def test_one_factor_may_differ_by_one_unit() -> None:
+    records = _records()
+    _halves(records, "k_token_scale")[0, 5] += 1
+    assert_equivalent_records(records, _records(), KEY, VALUE, LAYOUT)
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "message"),
+    [
+        ("k_token_scale", 3, "key: a factor differs by 3"),
+        ("v_scale", 400, "value 1: squared errors"),
+    ],
+)
+def test_a_wrong_number_is_found(name: str, change: int, message: str) -> None:
+    records = _records()
+    _halves(records, name)[1, 7] += change
+    with pytest.raises(AssertionError, match=message):
+        assert_equivalent_records(records, _records(), KEY, VALUE, LAYOUT)
+
+
+def test_many_small_differences_are_found() -> None:
+    records = _records()
+    _halves(records, "v_channel_scale")[0, :4] += 1
+    _halves(records, "v_channel_scale")[0, 0] += 1
+    _halves(records, "v_channel_scale")[1, 8] += 2
+    with pytest.raises(AssertionError, match=r"value: only 98\.4375% of the factors differ by at"):
+        assert_equivalent_records(records, _records(), KEY, VALUE, LAYOUT)
+
+
+def test_wrong_codes_are_found() -> None:
+    records = _records()
+    records[0, 0] ^= 0b0010  # one code by two steps
+    with pytest.raises(AssertionError, match="key: a code differs by 2 where factors are equal"):
+        assert_equivalent_records(records, _records(), KEY, VALUE, LAYOUT)
+    records = _records()
+    records[:, LAYOUT.fields["v_codes"].offset :][:, :32] ^= 1
+    with pytest.raises(AssertionError, match="of the codes differ by at most 0"):
+        assert_equivalent_records(records, _records(), KEY, VALUE, LAYOUT)
+
+
+def test_a_gauge_may_differ_by_a_power_of_two() -> None:
+    records = _records()
+    field = LAYOUT.fields
+    for name, factor in (("k_token_scale", 2.0), ("k_scale", 0.5), ("k_zero", 0.5)):
+        part = records[:, field[name].offset : field[name].end].view(torch.float16)
+        part *= factor
+    assert_equivalent_records(records, _records(), KEY, VALUE, LAYOUT)
+
+
+def test_the_published_recipe_may_stop_at_a_proportional_pass() -> None:
+    records = _records()
+    field = LAYOUT.fields["k_token_scale"]
+    records[:, field.offset : field.end].view(torch.float16).mul_(1.0625)
+    with pytest.raises(AssertionError, match="key: only"):
+        assert_equivalent_records(records, _records(), KEY, VALUE, LAYOUT)
+    part = records[:, LAYOUT.fields["k_scale"].offset : LAYOUT.fields["k_zero"].end]
+    part.view(torch.float16).div_(1.0625)
+    assert_equivalent_records(records, _records(), KEY, VALUE, LAYOUT, Recipe.PAPER)
