@@ -342,7 +342,8 @@ def test_a_short_run_learns_and_repeats(tmp_path: Path) -> None:
     log = json.loads((tmp_path / "a" / "training.json").read_text())
     assert log["steps"] == 12
     assert log["tokens"] == 12 * 6 * 256
-    assert len(log["held_out_text"]["texts"]) == 1
+    assert len(log["held_out_text"]["files"]) == 1
+    assert 1 < log["held_out_text"]["loss"] < 6
     assert {row["family"] for row in log["accuracy"]} == set(FAMILIES)
 
 

@@ -30,7 +30,7 @@ from kvarn_eval.small_model.muon import Muon
 from kvarn_eval.small_model.tasks import FAMILIES, held_out, training_batch
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterable, Iterator
     from pathlib import Path
 
     from numpy.typing import NDArray
@@ -214,14 +214,11 @@ def _accuracy(model: SmallModel, plan: Plan) -> list[dict[str, Any]]:
 
 
 @torch.inference_mode()
-def _text_loss(model: SmallModel, plan: Plan) -> dict[str, Any]:
-    """Mean loss on held-out program text, in nats per token."""
-    texts = corpus.held_out_texts(plan.test_texts, plan.test_text_tokens)
+def _text_loss(model: SmallModel, texts: Iterable[list[int]]) -> float:
+    """Mean loss on program texts, in nats per token."""
     device = model.model.embed_tokens.weight.device
-    losses = []
-    for ids in torch.tensor(list(texts.values()), device=device):
-        losses.append(F.cross_entropy(model(ids[:-1]).float(), ids[1:]).item())
-    return {"texts": list(texts), "tokens": plan.test_text_tokens, "loss": float(np.mean(losses))}
+    rows = (torch.tensor(ids, device=device) for ids in texts)
+    return float(np.mean([F.cross_entropy(model(r[:-1]).float(), r[1:]).item() for r in rows]))
 
 
 def train(
@@ -260,7 +257,9 @@ def train(
     Raises
     ------
     RuntimeError
-        If `device` or the program text is missing.
+        If `device` or the training text is missing.
+    ValueError
+        If Python has too little held-out text.
     """
     plan, config = plan or Plan(), config or ModelConfig()
     if device.startswith("cuda") and not torch.cuda.is_available():
@@ -268,6 +267,7 @@ def train(
             "Training needs a CUDA GPU and torch sees none. Run it on a machine with one."
         )
     text = corpus.training_ids() if text is None else text
+    unseen = corpus.held_out_texts(plan.test_texts, plan.test_text_tokens)
     logger.info("%s tokens of program text", len(text))
     torch.manual_seed(seed)
     model = SmallModel(config)
@@ -332,7 +332,11 @@ def train(
         "python": platform.python_version(),
         "torch": torch.__version__,
         "curve": curve,
-        "held_out_text": _text_loss(trained, plan),
+        "held_out_text": {
+            "files": list(unseen),
+            "tokens": plan.test_text_tokens,
+            "loss": round(_text_loss(trained, unseen.values()), 4),
+        },
         "accuracy": _accuracy(trained, plan),
     }
     (out / "training.json").write_text(json.dumps(log, indent=1) + "\n", encoding="utf-8")
