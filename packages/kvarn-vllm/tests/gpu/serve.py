@@ -48,12 +48,13 @@ class Watch:
     def __init__(self) -> None:
         self.compiled: list[str] = []
         self.steps: Counter[str] = Counter()
-        triton.knobs.runtime.jit_post_compile_hook = self._note
+        triton.knobs.compilation.listener = self._note
 
-    def _note(self, **kernel: Any) -> None:
-        name = f"{kernel['fn'].module}.{kernel['fn'].name}"
-        if name.startswith("kvarn"):
-            self.compiled.append(name)
+    def _note(self, *, src: Any, **_: Any) -> None:
+        """Note a kernel that was not launched before, even if its code lies in the disk cache."""
+        function = src.fn.fn
+        if function.__module__.startswith("kvarn"):
+            self.compiled.append(f"{function.__module__}.{function.__name__}")
 
     def guard(self) -> None:
         """From now on neither the op nor the builder may wait for the device."""
