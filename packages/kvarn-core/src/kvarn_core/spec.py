@@ -90,8 +90,10 @@ class Recipe:
         log-domain form with absolute clips.
     iterations : int
         Passes of variance normalisation.
-    refits : int
-        Least-squares rounds of the 2-bit range; 0 takes the minimum and maximum of each row.
+    range_refits : int
+        Least-squares rounds of a 2-bit range; 0 takes the minimum and maximum of each row.
+    factor_refits : int
+        Least-squares rounds of the column factors against the decoded tile.
     restore_norm : bool
         Give 2-bit value rows their norm back after quantisation.
 
@@ -103,7 +105,8 @@ class Recipe:
     name: str
     relative: bool
     iterations: int
-    refits: int
+    range_refits: int
+    factor_refits: int
     restore_norm: bool
 
     KVARN: ClassVar[Recipe]
@@ -124,5 +127,9 @@ class Recipe:
         return recipes[name]
 
 
-Recipe.KVARN = Recipe("kvarn", relative=True, iterations=4, refits=2, restore_norm=True)
-Recipe.PAPER = Recipe("paper", relative=False, iterations=8, refits=0, restore_norm=False)
+Recipe.KVARN = Recipe(
+    "kvarn", relative=True, iterations=4, range_refits=2, factor_refits=2, restore_norm=True
+)
+Recipe.PAPER = Recipe(
+    "paper", relative=False, iterations=8, range_refits=0, factor_refits=0, restore_norm=False
+)

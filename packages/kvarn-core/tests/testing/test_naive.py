@@ -21,20 +21,32 @@ def test_packing_one_code_sets_its_bits_only() -> None:
 
 def test_a_row_on_a_four_bit_grid_is_found_exactly() -> None:
     row = np.arange(16, dtype=np.float32) * 0.25 - 1
-    codes, scale, zero = naive.fit_row(
-        row, np.ones(16, np.float32), 4, recipe="kvarn", is_value=False
-    )
+    codes, scale, zero = naive.fit_row(row, 4, recipe="kvarn")
     assert codes.tolist() == list(range(16))
     assert (float(scale), float(zero)) == (0.25, -1.0)
 
 
 def test_least_squares_finds_a_two_bit_grid() -> None:
     row = np.tile(np.array([-3, -1, 1, 3], np.float32), 16)
-    codes, scale, zero = naive.fit_row(
-        row, np.ones(64, np.float32), 2, recipe="kvarn", is_value=True
-    )
+    codes, scale, zero = naive.fit_row(row, 2, recipe="kvarn")
     assert codes[:4].tolist() == [0, 1, 2, 3]
     assert (float(scale), float(zero)) == (2.0, -3.0)
+
+
+def test_a_column_factor_is_refitted_within_its_bounds() -> None:
+    codes = np.tile(np.array([[0, 3]]), (4, 1))
+    scale, zero = np.ones(4, np.float16), np.full(4, -1.0, np.float16)  # decoded rows -1, 2
+    tile = np.tile(np.array([[-1.125, 20.0]], np.float32), (4, 1))
+    refitted = naive.refit_columns(tile, codes, scale, zero, np.ones(2, np.float16))
+    assert refitted.tolist() == [1.125, 1.25]
+
+
+def test_norms_are_restored() -> None:
+    codes = np.array([[0, 3, 0, 3]])
+    scale, zero = np.ones(1, np.float16), np.full(1, -1.5, np.float16)
+    tile = np.array([[-1.75, 1.75, -1.75, 1.75]], np.float32)
+    found = naive.restore_norms(tile, codes, scale, zero, np.ones(4, np.float16))
+    assert [float(x[0]) for x in found] == pytest.approx([1.75 / 1.5, -1.75], rel=1e-3)
 
 
 def test_column_factors_undo_column_scales() -> None:

@@ -121,10 +121,10 @@ def fix_gauge(T: F32, c: F32, bits: int) -> F32:
     return np.ldexp(c, e)
 
 
-# --- rows: range, rounding, refit -----------------------------------------------------------------
+# --- rows: range, rounding ------------------------------------------------------------------------
 
 
-def fit_row(y: F32, w: F32, bits: int, *, recipe: str, is_value: bool) -> tuple[Int, Any, Any]:
+def fit_row(y: F32, bits: int, *, recipe: str) -> tuple[Int, Any, Any]:
     """Codes, fp16 scale and fp16 zero of one row y = T[row] / w."""
     top = 2**bits - 1
     low, high = y.min(), y.max()
@@ -139,13 +139,7 @@ def fit_row(y: F32, w: F32, bits: int, *, recipe: str, is_value: bool) -> tuple[
     if s16 == 0:
         return np.zeros(y.size, np.int64), s16, to_fp16((low + high) / 2)
     s32, z32 = np.float32(s16), np.float32(z16)
-    codes = np.clip(np.rint((y - z32) / s32), 0, top).astype(np.int64)
-    if bits == 2 and is_value:
-        decoded = codes.astype(np.float32) * s32 + z32
-        want, have = float((w * w * y * y).sum()), float((w * w * decoded * decoded).sum())
-        rho = np.float32(min(max(math.sqrt(want / have), 0.5), 2.0)) if have > 0 else np.float32(1)
-        s16, z16 = to_fp16(s32 * rho), to_fp16(z32 * rho)
-    return codes, s16, z16
+    return np.clip(np.rint((y - z32) / s32), 0, top).astype(np.int64), s16, z16
 
 
 def _least_squares(y: F32) -> tuple[Any, Any]:
@@ -174,12 +168,47 @@ def encode_tile(T: F32, bits: int, *, recipe: str, is_value: bool) -> tuple[Int,
     w16 = np.maximum(to_fp16(w), np.float16(2.0**-14))
     if recipe != "paper":  # the published encoder never looks at what it stores
         w = w16.astype(np.float32)
-    codes, scale, zero = np.zeros((rows, cols), np.int64), np.zeros(rows), np.zeros(rows)
-    for row in range(rows):
-        codes[row], scale[row], zero[row] = fit_row(
-            T[row] / w, w, bits, recipe=recipe, is_value=is_value
-        )
-    return codes, scale.astype(np.float16), zero.astype(np.float16), w16
+    codes, scale, zero = fit_rows(T / w, bits, recipe)
+    for _ in range(0 if recipe == "paper" else 2):
+        w16 = refit_columns(T, codes, scale, zero, w16)
+        codes, scale, zero = fit_rows(T / w16.astype(np.float32), bits, recipe)
+    if recipe != "paper" and bits == 2 and is_value:
+        scale, zero = restore_norms(T, codes, scale, zero, w16)
+    return codes, scale, zero, w16
+
+
+def fit_rows(Y: F32, bits: int, recipe: str) -> tuple[Int, F16, F16]:
+    """Codes [R, C], scales [R] and zeros [R] of all rows."""
+    rows = [fit_row(y, bits, recipe=recipe) for y in Y]
+    codes, scale, zero = zip(*rows, strict=True)
+    return np.stack(codes), np.array(scale, np.float16), np.array(zero, np.float16)
+
+
+def refit_columns(T: F32, codes: Int, scale: F16, zero: F16, w16: F16) -> F16:
+    """Column factors of least squared error, column by column, at most a fifth or a quarter off."""
+    new = w16.copy()
+    for col, w in enumerate(w16.astype(np.float32)):
+        X = codes[:, col] * scale.astype(np.float32) + zero.astype(np.float32)
+        energy = float((X * X).sum())
+        if energy > 0:
+            best = np.float32(float((T[:, col] * X).sum()) / energy)
+            new[col] = max(
+                to_fp16(np.clip(best, w * np.float32(0.8), w * np.float32(1.25))), 2**-14
+            )
+    return new
+
+
+def restore_norms(T: F32, codes: Int, scale: F16, zero: F16, w16: F16) -> tuple[F16, F16]:
+    """Scales and zeros with which every decoded row has the norm of T's row."""
+    scale, zero = scale.copy(), zero.copy()
+    for row in range(len(T)):
+        s, z = np.float32(scale[row]), np.float32(zero[row])
+        X = (codes[row] * s + z) * w16.astype(np.float32)
+        have = float((X * X).sum())
+        if have > 0:
+            rho = np.float32(min(max(math.sqrt(float((T[row] ** 2).sum()) / have), 0.5), 2.0))
+            scale[row], zero[row] = to_fp16(s * rho), to_fp16(z * rho)
+    return scale, zero
 
 
 # --- bytes ----------------------------------------------------------------------------------------

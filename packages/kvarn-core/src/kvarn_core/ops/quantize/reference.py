@@ -2,8 +2,9 @@
 
 A tile is a matrix T [rows, cols]. Rows get a scale and a zero each, columns one factor w each:
 K tiles are transposed (rows = channels, columns = tokens), V tiles are not (rows = tokens,
-columns = channels). Encoding is: column factors (`normalise`), a power of two that keeps fp16
-in range (`gauge`), and round to nearest with a range per row (`round_rows`).
+columns = channels). Encoding is: column factors (`normalise`), a power of two that keeps fp16 in
+range (`gauge`), round to nearest with a range per row (`choose_codes`), and a few rounds in which
+the factors are fitted to the codes (`refit_factor`) and the codes chosen again.
 
 What is traded away: speed. Kernels are compared with this file.
 """
@@ -101,17 +102,48 @@ def quantize_rows(
     """Quantise T [N, R, C]: codes uint8 [N, R, C]; fp16 scale and zero [N, R], factor [N, C]."""
     normalise = normalise_relative if recipe.relative else normalise_published
     factor = gauge(tile, normalise(tile, recipe.iterations), bits)
-    factor16 = to_fp16(factor).clamp(min=2.0**-14)  # smallest normal: division stays safe
+    factor16 = _stored_factor(factor)
     y = tile / (factor16.float() if recipe.relative else factor)[:, None, :]
+    codes, scale16, zero16 = choose_codes(y, bits, recipe)
+    for _ in range(recipe.factor_refits):
+        factor16 = refit_factor(y, decoded_rows(codes, scale16, zero16), factor16)
+        y = tile / factor16.float()[:, None, :]
+        codes, scale16, zero16 = choose_codes(y, bits, recipe)
+    if restore_norm:
+        decoded = decoded_rows(codes, scale16, zero16)
+        scale16, zero16 = restore_row_norm(tile, decoded, scale16, zero16, factor16)
+    return codes.to(torch.uint8), scale16, zero16, factor16
+
+
+def choose_codes(
+    y: torch.Tensor, bits: int, recipe: Recipe
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Codes as floats [N, R, C], fp16 scale and zero [N, R], of a tile with balanced columns."""
     round_rows = round_to_stored if recipe.relative else round_published
     low, high = y.amin(2), y.amax(2)
     scale, zero = (high - low) / (2**bits - 1), low
-    if bits == 2 and recipe.refits:
-        scale, zero = least_squares_range(y, low, high, recipe.refits)
-    codes, scale16, zero16 = round_rows(y, scale, zero, bits)
-    if restore_norm:
-        scale16, zero16 = restore_row_norm(y, codes, scale16, zero16, factor16)
-    return codes.to(torch.uint8), scale16, zero16, factor16
+    if bits == 2 and recipe.range_refits:
+        scale, zero = least_squares_range(y, low, high, recipe.range_refits)
+    return round_rows(y, scale, zero, bits)
+
+
+def decoded_rows(codes: torch.Tensor, scale16: torch.Tensor, zero16: torch.Tensor) -> torch.Tensor:
+    """What a reader sees of y, fp32 [N, R, C], before the column factor."""
+    return codes * scale16.float()[:, :, None] + zero16.float()[:, :, None]
+
+
+def refit_factor(y: torch.Tensor, decoded: torch.Tensor, factor16: torch.Tensor) -> torch.Tensor:
+    """Column factors, fp16 [N, C], of least squared error for the codes and ranges at hand.
+
+    Bounded per round, so that the range fp16 leaves after `gauge` is kept.
+    """
+    energy = decoded.square().sum(1)
+    ratio = torch.where(energy > 0, (y * decoded).sum(1) / energy, 1.0).clamp(0.8, 1.25)
+    return _stored_factor(factor16.float() * ratio)
+
+
+def _stored_factor(factor: torch.Tensor) -> torch.Tensor:
+    return to_fp16(factor).clamp(min=2.0**-14)  # smallest normal: division stays safe
 
 
 def normalise_relative(tile: torch.Tensor, iterations: int) -> torch.Tensor:
@@ -227,8 +259,8 @@ def round_published(
 
 
 def restore_row_norm(
-    y: torch.Tensor,
-    codes: torch.Tensor,
+    tile: torch.Tensor,
+    decoded: torch.Tensor,
     scale16: torch.Tensor,
     zero16: torch.Tensor,
     factor16: torch.Tensor,
@@ -238,10 +270,8 @@ def restore_row_norm(
     A grid of least squared error shrinks rows by some per cent, which does not average out when
     attention sums many tokens.
     """
-    decoded = codes * scale16.float()[:, :, None] + zero16.float()[:, :, None]
-    weight = factor16.float().square()[:, None, :]
-    wanted = (weight * y.square()).sum(2)
-    got = (weight * decoded.square()).sum(2)
+    wanted = tile.square().sum(2)
+    got = (decoded * factor16.float()[:, None, :]).square().sum(2)
     ratio = torch.where(got > 0, wanted / got, 1.0).sqrt().clamp(0.5, 2.0)
     return to_fp16(scale16.float() * ratio), to_fp16(zero16.float() * ratio)
 

@@ -26,7 +26,6 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
 GAUSSIAN_STEP = tl.constexpr(0.9957)  # as in the reference
-ELEMENTS_PER_WARP = 1024  # 32 fp32 registers per thread hold the tile
 
 
 def encode_key(key: torch.Tensor, layout: RecordLayout, recipe: Recipe) -> torch.Tensor:
@@ -40,8 +39,9 @@ def encode_value(value: torch.Tensor, layout: RecordLayout, recipe: Recipe) -> t
 
 
 def num_warps(layout: RecordLayout) -> int:
-    """Warps per program of the encoder."""
-    return min(layout.group * layout.head_dim // ELEMENTS_PER_WARP, 16)
+    """Warps per program: 32 registers of a thread hold the tile, 128 the largest tile."""
+    elements = layout.group * layout.head_dim
+    return 8 if elements == 32768 else elements // 1024
 
 
 def variants() -> Iterator[Variant]:
@@ -86,9 +86,9 @@ def _encode_tiles(  # type: ignore[no-untyped-def]
     x = tl.load(p_tiles + i_tile * G * D + o).to(tl.float32)
     if IS_VALUE:
         nbytes: tl.constexpr = LAYOUT.record_bytes - LAYOUT.key_bytes
-        write_value(x, p_parts + i_tile * nbytes, LAYOUT, RECIPE)
+        write_value(x, p_parts, i_tile, nbytes, LAYOUT, RECIPE)
     else:
-        write_key(x, p_parts + i_tile * LAYOUT.key_bytes, LAYOUT, RECIPE)
+        write_key(x, p_parts, i_tile, LAYOUT.key_bytes, LAYOUT, RECIPE)
 
 
 # --- one half of a record ----------------------------------------------------------------------
@@ -101,33 +101,40 @@ def offset(layout, name, base=0):  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def write_key(x, p_part, LAYOUT: tl.constexpr, RECIPE: tl.constexpr):  # type: ignore[no-untyped-def]
-    """Encode rotated keys, fp32 [G, D], into the K part of a record."""
+def write_key(  # type: ignore[no-untyped-def]
+    x, p_parts, i_part, STRIDE: tl.constexpr, LAYOUT: tl.constexpr, RECIPE: tl.constexpr
+):
+    """Encode rotated keys, fp32 [G, D], into a K part at `p_parts + i_part * STRIDE`."""
     G: tl.constexpr = LAYOUT.group
     D: tl.constexpr = LAYOUT.head_dim
     BITS: tl.constexpr = LAYOUT.preset.key_bits
-    codes, scale, zero, factor = quantize_rows(tl.trans(x), D, G, BITS, RECIPE, False)
-    _store_codes(p_part + offset(LAYOUT, "k_codes"), codes, D, G, BITS)
+    t = tl.trans(x)
+    codes, scale, zero, factor = quantize_rows(t, D, G, BITS, RECIPE, False)
+    p_part = p_parts + i_part.to(tl.int64) * STRIDE  # here, so that no register keeps it till now
     channel, token = k_order(tl.arange(0, D)), m_order(tl.arange(0, G))
+    _store_vector(p_part + offset(LAYOUT, "k_token_scale"), factor, token)
     _store_vector(p_part + offset(LAYOUT, "k_scale"), scale, channel)
     _store_vector(p_part + offset(LAYOUT, "k_zero"), zero, channel)
-    _store_vector(p_part + offset(LAYOUT, "k_token_scale"), factor, token)
+    _store_codes(p_part + offset(LAYOUT, "k_codes"), codes, D, G, BITS)
 
 
 @triton.jit
-def write_value(x, p_part, LAYOUT: tl.constexpr, RECIPE: tl.constexpr):  # type: ignore[no-untyped-def]
-    """Encode rotated values, fp32 [G, D], into the V part of a record."""
+def write_value(  # type: ignore[no-untyped-def]
+    x, p_parts, i_part, STRIDE: tl.constexpr, LAYOUT: tl.constexpr, RECIPE: tl.constexpr
+):
+    """Encode rotated values, fp32 [G, D], into a V part at `p_parts + i_part * STRIDE`."""
     G: tl.constexpr = LAYOUT.group
     D: tl.constexpr = LAYOUT.head_dim
     BITS: tl.constexpr = LAYOUT.preset.value_bits
     BASE: tl.constexpr = LAYOUT.key_bytes
     RESTORE: tl.constexpr = RECIPE.restore_norm and BITS == 2
     codes, scale, zero, factor = quantize_rows(x, G, D, BITS, RECIPE, RESTORE)
-    _store_codes(p_part + offset(LAYOUT, "v_codes", BASE), codes, G, D, BITS)
+    p_part = p_parts + i_part.to(tl.int64) * STRIDE
     channel, token = m_order(tl.arange(0, D)), m_order(tl.arange(0, G))
     _store_vector(p_part + offset(LAYOUT, "v_channel_scale", BASE), factor, channel)
     _store_vector(p_part + offset(LAYOUT, "v_scale", BASE), scale, token)
     _store_vector(p_part + offset(LAYOUT, "v_zero", BASE), zero, token)
+    _store_codes(p_part + offset(LAYOUT, "v_codes", BASE), codes, G, D, BITS)
 
 
 @triton.jit
@@ -177,39 +184,27 @@ def quantize_rows(  # type: ignore[no-untyped-def]
     RECIPE: tl.constexpr,
     RESTORE_NORM: tl.constexpr,
 ):
-    """Quantise T: codes int32 [ROWS, COLS]; fp16 scale and zero [ROWS], factor [COLS]."""
-    if RECIPE.relative:
-        exponent = _rms_exponent(t, ROWS * COLS)
-        t = t * _exp2(-exponent)
-        factor = _normalise_relative(t, ROWS, COLS, RECIPE.iterations)
-    else:
-        exponent = tl.full([], 0, tl.int32)
-        factor = _normalise_published(t, ROWS, COLS, RECIPE.iterations)
-    factor = _gauge(t, factor, exponent, BITS)  # of T; t holds T * 2**-exponent
-    factor16 = tl.maximum(to_fp16(factor), 2.0**-14)  # smallest normal: division stays safe
-    wide = factor16.to(tl.float32)
-    divisor = wide if RECIPE.relative else factor
-    y = t * (_exp2(exponent) / divisor)[None, :]
-    low, high = _extremes(y, 1)
-    scale, zero = (high - low) / (2**BITS - 1), low
-    mean = tl.zeros_like(low)
+    """Quantise T: codes int32 [ROWS, COLS]; fp16 scale and zero [ROWS], factor [COLS].
+
+    y takes the place of t: two tiles would not fit the registers.
+    """
+    factor = _factor(t, ROWS, COLS, BITS, RECIPE)
+    factor16 = _stored_factor(factor)
+    y = t * (1.0 / (factor16.to(tl.float32) if RECIPE.relative else factor))[None, :]
+    for _ in range(RECIPE.factor_refits):
+        y, scale, zero, _, _ = _choose_grid(y, COLS, BITS, RECIPE)
+        decoded = _round(y, scale, zero, BITS) * scale[:, None] + zero[:, None]
+        products, energy = _sums(y * decoded, decoded * decoded, 0)
+        ratio = tl.where(energy > 0, products / tl.where(energy > 0, energy, 1.0), 1.0)
+        old = factor16.to(tl.float32)
+        factor16 = _stored_factor(old * tl.minimum(tl.maximum(ratio, 0.8), 1.25))
+        y = y * (old / factor16.to(tl.float32))[None, :]
+    y, scale, zero, scale16, zero16 = _choose_grid(y, COLS, BITS, RECIPE)
     if RESTORE_NORM:
-        wanted = _norm_square(y, wide)
-    if BITS == 2 and RECIPE.refits > 0:
-        mean = tl.sum(y, 1) / COLS
-        y = y - mean[:, None]  # in place of y: a second tile would not fit the registers
-        scale, zero = _least_squares_range(y, low - mean, high - mean, COLS, RECIPE.refits)
-        zero += mean
-    if RECIPE.relative:  # codes for the stored grid
-        scale16 = to_fp16(scale)
-        zero16 = tl.where(scale16 == 0, to_fp16((low + high) / 2), to_fp16(zero))
-        scale, zero = scale16.to(tl.float32), zero16.to(tl.float32)
-    else:  # codes for the unrounded grid
-        scale = tl.maximum(scale, 1e-10)
-        scale16, zero16 = to_fp16(scale), to_fp16(zero)
-    codes = _round(y, scale, zero - mean, BITS)
+        wanted = _norm_square(y, factor16)
+    codes = _round(y, scale, zero, BITS)
     if RESTORE_NORM:
-        got = _norm_square(codes * scale[:, None] + zero[:, None], wide)
+        got = _norm_square(codes * scale[:, None] + zero[:, None], factor16)
         ratio = tl.sqrt(tl.where(got > 0, wanted / tl.where(got > 0, got, 1.0), 1.0))
         ratio = tl.minimum(tl.maximum(ratio, 0.5), 2.0)
         scale16, zero16 = to_fp16(scale * ratio), to_fp16(zero * ratio)
@@ -217,22 +212,60 @@ def quantize_rows(  # type: ignore[no-untyped-def]
 
 
 @triton.jit
+def _factor(t, ROWS: tl.constexpr, COLS: tl.constexpr, BITS: tl.constexpr, RECIPE: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Column factors, fp32 [COLS], before any refit."""
+    if RECIPE.relative:
+        factor = _normalise_relative(t, ROWS, COLS, RECIPE.iterations)
+    else:
+        factor = _normalise_published(t, ROWS, COLS, RECIPE.iterations)
+    return _gauge(t, factor, BITS)
+
+
+@triton.jit
+def _stored_factor(factor):  # type: ignore[no-untyped-def]
+    return tl.maximum(to_fp16(factor), 2.0**-14)  # smallest normal: division stays safe
+
+
+@triton.jit
+def _choose_grid(y, COLS: tl.constexpr, BITS: tl.constexpr, RECIPE: tl.constexpr):  # type: ignore[no-untyped-def]
+    """The tile again; scale and zero [ROWS] that codes are chosen with, and as fp16 holds them."""
+    low, high = _extremes(y, 1)
+    scale, zero = (high - low) / (2**BITS - 1), low
+    if BITS == 2 and RECIPE.range_refits > 0:
+        mean = tl.sum(y, 1) / COLS
+        y = y - mean[:, None]
+        scale, zero = _least_squares_range(y, low - mean, high - mean, COLS, RECIPE.range_refits)
+        y, zero = y + mean[:, None], zero + mean
+    if RECIPE.relative:  # codes for the stored grid
+        scale16 = to_fp16(scale)
+        middle = zero + scale * (2**BITS - 1) / 2  # of the row's range
+        zero16 = to_fp16(tl.where(scale16 == 0, middle, zero))
+        scale, zero = scale16.to(tl.float32), zero16.to(tl.float32)
+    else:  # codes for the unrounded grid
+        scale = tl.maximum(scale, 1e-10)
+        scale16, zero16 = to_fp16(scale), to_fp16(zero)
+    return y, scale, zero, scale16, zero16
+
+
+@triton.jit
 def _normalise_relative(t, ROWS: tl.constexpr, COLS: tl.constexpr, ITERATIONS: tl.constexpr):  # type: ignore[no-untyped-def]
-    """Column factors of recipe `kvarn` for a tile whose RMS is about 1."""
-    measured_cols = _rms_cols(t, ROWS)
-    measured_rows = _measure_rows(t, COLS)
+    """Column factors of recipe `kvarn`."""
+    exponent = _rms_exponent(t, ROWS * COLS)
+    unit = _exp2(-exponent)  # t * unit has an RMS of about 1; it never takes registers of its own
+    measured_cols = _rms_cols(t, ROWS) * unit
+    measured_rows = _measure_rows(t, COLS) * unit
     best = _spread(_bounded(measured_cols)) + _spread(_bounded(measured_rows))
     best_factor = tl.full([COLS], 1.0, tl.float32)
     for _ in range(ITERATIONS):
         col = _bounded(measured_cols)
-        measured_rows = _measure_rows(t * (1.0 / col)[None, :], COLS)
+        measured_rows = _measure_rows(t * (unit / col)[None, :], COLS)
         row = _bounded(measured_rows)
-        measured_cols = _rms_cols(t * (1.0 / row)[:, None], ROWS)
-        spread_cols = _spread(_bounded(measured_cols / col))
-        imbalance = spread_cols + _spread(_bounded(measured_rows / row))
+        spread_rows = _spread(_bounded(measured_rows / row))
+        measured_cols = _rms_cols(t * (unit / row)[:, None], ROWS)
+        imbalance = spread_rows + _spread(_bounded(measured_cols / col))
         best_factor = tl.where(imbalance <= best, col, best_factor)
         best = tl.minimum(imbalance, best)
-    return best_factor
+    return best_factor * _exp2(exponent)
 
 
 @triton.jit
@@ -305,14 +338,14 @@ def _published_spread(deviation):  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def _gauge(t, factor, exponent, BITS: tl.constexpr):  # type: ignore[no-untyped-def]
-    """Factors of T (t is T * 2**-exponent), shifted by a power of two so that all fits fp16."""
+def _gauge(t, factor, BITS: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Factors shifted by a power of two so that all stored numbers fit fp16."""
     TARGET: tl.constexpr = 3 if BITS == 4 else 1
     peak = tl.max(tl.max(tl.abs(t * (1.0 / factor)[None, :]), 1), 0)
-    col_exponent = _floor_log2(tl.max(factor, 0)) + exponent
+    col_exponent = _floor_log2(tl.max(factor, 0))
     shift = tl.minimum(_floor_log2(peak) - TARGET, 14 - col_exponent)
     shift = tl.maximum(shift, -8 - col_exponent)
-    return tl.where(peak > 0, factor * _exp2(exponent + shift), 1.0)
+    return tl.where(peak > 0, factor * _exp2(shift), 1.0)
 
 
 @triton.jit
@@ -323,18 +356,20 @@ def _least_squares_range(y, low, high, COLS: tl.constexpr, ROUNDS: tl.constexpr)
     zero = tl.maximum(-1.5 * scale, low)
     for _ in range(ROUNDS):
         codes = _round(y, scale, zero, 2)
-        total, squares = _sums(codes, codes * codes, 1)
+        both, products = _sums(codes + 4096.0 * (codes * codes), codes * y, 1)
+        squares = tl.floor(both * (1 / 4096.0))
+        total = both - 4096.0 * squares
         variance = squares * COLS - total * total  # integers below 2**24: exact
-        covariance = tl.sum(codes * y, 1) * COLS
+        covariance = products * COLS
         scale = tl.where(variance > 0, covariance / tl.where(variance > 0, variance, 1.0), 0.0)
         zero = -scale * total / COLS
     return scale, zero
 
 
 @triton.jit
-def _norm_square(y, factor):  # type: ignore[no-untyped-def]
+def _norm_square(y, factor16):  # type: ignore[no-untyped-def]
     """Squared norm of each row, columns multiplied by their factors."""
-    x = y * factor[None, :]
+    x = y * factor16.to(tl.float32)[None, :]
     return tl.sum(x * x, 1)
 
 
@@ -353,14 +388,23 @@ def _round(y, scale, zero, BITS: tl.constexpr):  # type: ignore[no-untyped-def]
 @triton.jit
 def _sums(a, b, AXIS: tl.constexpr):  # type: ignore[no-untyped-def]
     """Sums of two tiles, in one reduction."""
-    return tl.split(tl.sum(tl.join(a, b), AXIS))
+    return tl.reduce((a, b), AXIS, _add_pairs)
+
+
+@triton.jit
+def _add_pairs(a0, b0, a1, b1):  # type: ignore[no-untyped-def]
+    return a0 + a1, b0 + b1
 
 
 @triton.jit
 def _extremes(x, AXIS: tl.constexpr):  # type: ignore[no-untyped-def]
     """Minimum and maximum along an axis, in one reduction."""
-    high, negative_low = tl.split(tl.max(tl.join(x, -x), AXIS))
-    return -negative_low, high
+    return tl.reduce((x, x), AXIS, _widen)
+
+
+@triton.jit
+def _widen(low0, high0, low1, high1):  # type: ignore[no-untyped-def]
+    return tl.minimum(low0, low1), tl.maximum(high0, high1)
 
 
 @triton.jit

@@ -298,21 +298,39 @@ def _seal(  # type: ignore[no-untyped-def]
     i_tile = deadline // G - 1
     if (i_head >= heads) | (deadline >= length) | (i_tile < hits):
         return
-    page = tl.load(p_table + LAYOUT.header_columns + i_tile).to(tl.int64)
-    p_record = p_cache + (page * page_stride + i_head * LAYOUT.record_bytes)
-    position = i_tile * G + tl.arange(0, G)
+    rows = p_cache, page_stride, p_table, first, start, i_tile, i_head
+    page = tl.load(p_table + LAYOUT.header_columns + i_tile)
+    if is_value:
+        x = _tile(p_value, value_stride, *rows, 1, LAYOUT, RAW)
+        p_values = p_cache + LAYOUT.key_bytes
+        write_value(x, p_values, page * heads + i_head, LAYOUT.record_bytes, LAYOUT, RECIPE)
+    else:
+        x = _tile(p_key, key_stride, *rows, 0, LAYOUT, RAW)
+        write_key(x, p_cache, page * heads + i_head, LAYOUT.record_bytes, LAYOUT, RECIPE)
+
+
+@triton.jit
+def _tile(  # type: ignore[no-untyped-def]
+    p_new,
+    stride,
+    p_cache,
+    page_stride,
+    p_table,
+    first,
+    start,
+    i_tile,
+    i_head,
+    is_value,
+    LAYOUT: tl.constexpr,
+    RAW: tl.constexpr,
+):
+    """Rotated rows of a tile, fp32 [G, D]: of the ring before position `first`, then new ones."""
+    position = i_tile * LAYOUT.group + tl.arange(0, LAYOUT.group)
     is_old = position < first
     p_ring = _ring_rows(p_cache, page_stride, p_table, position, i_head, is_value, is_old, LAYOUT)
-    x = tl.load(p_ring, mask=is_old[:, None], other=0.0)
+    x = 0.0
     if RAW:
         token = (start - first + position).to(tl.int64)
-        p_new, stride = p_key, key_stride
-        if is_value:
-            p_new, stride = p_value, value_stride
-        new_rows = _new_rows(p_new, stride, token, i_head, ~is_old, LAYOUT, G)
-        x = tl.where(is_old[:, None], x, new_rows)
-    x = x.to(tl.float32)
-    if is_value:
-        write_value(x, p_record + LAYOUT.key_bytes, LAYOUT, RECIPE)
-    else:
-        write_key(x, p_record, LAYOUT, RECIPE)
+        x = _new_rows(p_new, stride, token, i_head, ~is_old, LAYOUT, LAYOUT.group)
+    x = tl.load(p_ring, mask=is_old[:, None], other=x)
+    return x.to(tl.float32)
