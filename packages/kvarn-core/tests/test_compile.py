@@ -38,6 +38,11 @@ RARE = {"bf16", "fp32", "paper", "ring", "rows1"}  # compiled for the default pr
 NOT_MAIN = {"d64", "d256", "bf16", "fp32", "paper"}  # compiled for the main architecture only
 
 
+# One register, spilled before a tile of 128 registers per thread is encoded and read back after it,
+# outside all loops; sealing in decode steps (`ring`) and all other variants spill nothing.
+SPILLED_BYTES = {f"seal-kvarn_k4v2_g128-d256-{dtype}-kvarn-raw": 8 for dtype in ("fp16", "bf16")}
+
+
 def _variants() -> list[Variant]:
     modules = (importlib.import_module(f"kvarn_core.ops.{op}.triton") for op in KERNEL_FILES)
     return [variant for module in modules for variant in module.variants()]
@@ -61,7 +66,7 @@ def _problems(
 ) -> list[str]:
     """What is wrong with a compiled variant, given its row in the table."""
     found = []
-    if got.stack_bytes:
+    if got.stack_bytes > SPILLED_BYTES.get(variant.name, 0):
         found.append(f"{got.stack_bytes} bytes of registers spill")
     if got.shared > SHARED_BYTES[arch]:
         found.append(f"{got.shared} bytes of shared memory, at most {SHARED_BYTES[arch]} exist")

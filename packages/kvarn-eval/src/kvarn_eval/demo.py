@@ -57,8 +57,6 @@ CPU_ENVIRONMENT = {
     "VLLM_CPU_OMP_THREADS_BIND": "nobind",
     "OMP_WAIT_POLICY": "PASSIVE",
 }
-# There are no GPU kernels yet; on a GPU the plugin asks for an explicit yes to plain torch.
-GPU_OPTIONS = ("--additional-config", '{"kvarn": {"engine": "reference"}}')
 
 
 @dataclass(frozen=True)
@@ -137,12 +135,8 @@ class Settings:
             "--long-prefill-token-threshold": chunk,
             "--max-num-batched-tokens": chunk * self.concurrency,
         }
-        slow = cache_dtype != "auto" and torch.cuda.is_available()
-        return (
-            *(str(part) for pair in values.items() for part in pair),
-            "--enforce-eager",  # compiling takes longer than the whole demonstration
-            *(GPU_OPTIONS if slow else ()),
-        )
+        eager = "--enforce-eager"  # compiling takes longer than the whole demonstration
+        return (*(str(part) for pair in values.items() for part in pair), eager)
 
     def server(self, cache_dtype: str) -> ServerConfig:
         """How to start one of the two servers."""

@@ -168,10 +168,10 @@ def encode_tile(T: F32, bits: int, *, recipe: str, is_value: bool) -> tuple[Int,
     w16 = np.maximum(to_fp16(w), np.float16(2.0**-14))
     if recipe != "paper":  # the published encoder never looks at what it stores
         w = w16.astype(np.float32)
-    codes, scale, zero = fit_rows(T / w, bits, recipe)
+    codes, scale, zero = fit_rows(np.divide(T, w, dtype=np.float32), bits, recipe)
     for _ in range(0 if recipe == "paper" else 2):
         w16 = refit_columns(T, codes, scale, zero, w16)
-        codes, scale, zero = fit_rows(T / w16.astype(np.float32), bits, recipe)
+        codes, scale, zero = fit_rows(np.divide(T, w16, dtype=np.float32), bits, recipe)
     if recipe != "paper" and bits == 2 and is_value:
         scale, zero = restore_norms(T, codes, scale, zero, w16)
     return codes, scale, zero, w16
@@ -186,15 +186,14 @@ def fit_rows(Y: F32, bits: int, recipe: str) -> tuple[Int, F16, F16]:
 
 def refit_columns(T: F32, codes: Int, scale: F16, zero: F16, w16: F16) -> F16:
     """Column factors of least squared error, column by column, at most a fifth or a quarter off."""
-    new = w16.copy()
+    new: F16 = w16.copy()
     for col, w in enumerate(w16.astype(np.float32)):
         X = codes[:, col] * scale.astype(np.float32) + zero.astype(np.float32)
         energy = float((X * X).sum())
         if energy > 0:
             best = np.float32(float((T[:, col] * X).sum()) / energy)
-            new[col] = max(
-                to_fp16(np.clip(best, w * np.float32(0.8), w * np.float32(1.25))), 2**-14
-            )
+            least, most = w * np.float32(0.8), w * np.float32(1.25)
+            new[col] = np.maximum(to_fp16(np.clip(best, least, most)), np.float16(2.0**-14))
     return new
 
 

@@ -15,7 +15,7 @@ Bytes per unit: `layout.record_bytes`. Source: docs/explanation/algorithm.md (fo
 from __future__ import annotations
 
 from functools import cache
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 import triton
@@ -34,7 +34,7 @@ LOG2_E = 1.4426950408889634
 LN_2 = tl.constexpr(0.6931471805599453)
 PROGRAMS_PER_SM = 12  # resident with 168 registers; the splits fill one wave
 REGISTERS = 176  # a limit; 168 are used
-MAX_SPLITS = 256
+MAX_SPLITS = 64  # more would save less than combining them costs
 
 
 @triton.jit(
@@ -415,7 +415,7 @@ def decode(
 
 def _splits(batch: int, num_q_heads: int, num_kv_heads: int) -> int:
     """Splits of each request: as many programs as are resident at once, whatever the lengths."""
-    head_blocks = num_kv_heads * -(-(num_q_heads // num_kv_heads) // HEADS.value)
+    head_blocks: int = num_kv_heads * -(-(num_q_heads // num_kv_heads) // HEADS.value)
     wanted = PROGRAMS_PER_SM * _processors() // (batch * head_blocks)
     return min(max(wanted, 1), MAX_SPLITS)
 
@@ -425,7 +425,7 @@ def _processors() -> int:
     """Streaming multiprocessors of the current GPU; 1 in Triton's interpreter."""
     if not torch.cuda.is_available():
         return 1
-    return torch.cuda.get_device_properties(torch.cuda.current_device()).multi_processor_count
+    return torch.cuda.get_device_properties().multi_processor_count
 
 
 @cache
@@ -458,10 +458,11 @@ def _decode_constants(layout: RecordLayout) -> dict[str, int]:
     }
 
 
-def _decode_options(layout: RecordLayout) -> dict[str, int | None]:
+def _decode_options(layout: RecordLayout) -> dict[str, Any]:
     if layout.head_dim == 256:
         return {"num_warps": 2, "num_stages": 2, "maxnreg": None}
-    return {"num_warps": 1, "num_stages": 2, "maxnreg": REGISTERS}
+    spills = layout.preset.key_bits == 2 and layout.group == 64 and layout.head_dim == 128
+    return {"num_warps": 1, "num_stages": 2, "maxnreg": None if spills else REGISTERS}
 
 
 @cache

@@ -11,6 +11,7 @@ reference: T [ROWS, COLS] has a scale and a zero per row and a factor per column
 
 from __future__ import annotations
 
+from dataclasses import astuple
 from typing import TYPE_CHECKING
 
 import torch
@@ -19,7 +20,7 @@ import triton.language as tl
 
 from kvarn_core.butterfly import to_fp16
 from kvarn_core.layout import HEAD_DIMS, RecordLayout
-from kvarn_core.spec import PRESETS, Recipe
+from kvarn_core.spec import PRESETS, Preset, Recipe
 from kvarn_core.variants import Variant
 
 if TYPE_CHECKING:
@@ -44,6 +45,17 @@ def num_warps(layout: RecordLayout) -> int:
     return 8 if elements == 32768 else elements // 1024
 
 
+def layout_text(layout: RecordLayout) -> str:
+    """A layout as a compile-time argument: text, because compilation hooks serialise arguments."""
+    return " ".join(str(number) for number in (*astuple(layout.preset), layout.head_dim))
+
+
+def recipe_text(recipe: Recipe) -> str:
+    """A recipe as a compile-time argument; booleans as 0 and 1."""
+    name, *numbers = astuple(recipe)
+    return " ".join((name, *(str(int(number)) for number in numbers)))
+
+
 def variants() -> Iterator[Variant]:
     """Yield every form of the kernel that can run."""
     for preset in PRESETS.values():
@@ -56,7 +68,11 @@ def variants() -> Iterator[Variant]:
                         name=f"quantize-{half}-{preset.name}-d{dim}-{recipe.name}",
                         kernel=_encode_tiles,
                         signature={"p_tiles": "*fp16", "p_parts": "*u8"},
-                        constexprs={"LAYOUT": layout, "RECIPE": recipe, "IS_VALUE": is_value},
+                        constexprs={
+                            "LAYOUT": layout_text(layout),
+                            "RECIPE": recipe_text(recipe),
+                            "IS_VALUE": is_value,
+                        },
                         num_warps=num_warps(layout),
                         num_stages=1,
                     )
@@ -69,7 +85,7 @@ def _encode(
     parts = torch.empty(len(tiles), nbytes, dtype=torch.uint8, device=tiles.device)
     if len(tiles):
         _encode_tiles[(len(tiles),)](
-            tiles.contiguous(), parts, layout, recipe, is_value,
+            tiles.contiguous(), parts, layout_text(layout), recipe_text(recipe), is_value,
             num_warps=num_warps(layout), num_stages=1,
         )  # fmt: skip
     return parts
@@ -79,19 +95,41 @@ def _encode(
 def _encode_tiles(  # type: ignore[no-untyped-def]
     p_tiles, p_parts, LAYOUT: tl.constexpr, RECIPE: tl.constexpr, IS_VALUE: tl.constexpr
 ):
-    G: tl.constexpr = LAYOUT.group
-    D: tl.constexpr = LAYOUT.head_dim
+    layout: tl.constexpr = layout_of(LAYOUT)
+    G: tl.constexpr = layout.group
+    D: tl.constexpr = layout.head_dim
     i_tile = tl.program_id(0).to(tl.int64)
     o = tl.arange(0, G)[:, None] * D + tl.arange(0, D)[None, :]
     x = tl.load(p_tiles + i_tile * G * D + o).to(tl.float32)
     if IS_VALUE:
-        nbytes: tl.constexpr = LAYOUT.record_bytes - LAYOUT.key_bytes
-        write_value(x, p_parts, i_tile, nbytes, LAYOUT, RECIPE)
+        nbytes: tl.constexpr = layout.record_bytes - layout.key_bytes
+        write_value(x, p_parts, i_tile, nbytes, layout, recipe_of(RECIPE))
     else:
-        write_key(x, p_parts, i_tile, LAYOUT.key_bytes, LAYOUT, RECIPE)
+        write_key(x, p_parts, i_tile, layout.key_bytes, layout, recipe_of(RECIPE))
 
 
 # --- one half of a record ----------------------------------------------------------------------
+
+
+@triton.constexpr_function
+def layout_of(text):  # type: ignore[no-untyped-def]
+    """Inverse of `layout_text`."""
+    key_bits, value_bits, group, head_dim = text.split()
+    return RecordLayout(Preset(int(key_bits), int(value_bits), int(group)), int(head_dim))
+
+
+@triton.constexpr_function
+def recipe_of(text):  # type: ignore[no-untyped-def]
+    """Inverse of `recipe_text`."""
+    name, relative, iterations, range_refits, factor_refits, restore_norm = text.split()
+    return Recipe(
+        name,
+        relative == "1",
+        int(iterations),
+        int(range_refits),
+        int(factor_refits),
+        restore_norm == "1",
+    )
 
 
 @triton.constexpr_function
@@ -200,11 +238,11 @@ def quantize_rows(  # type: ignore[no-untyped-def]
         factor16 = _stored_factor(old * tl.minimum(tl.maximum(ratio, 0.8), 1.25))
         y = y * (old / factor16.to(tl.float32))[None, :]
     y, scale, zero, scale16, zero16 = _choose_grid(y, COLS, BITS, RECIPE)
-    if RESTORE_NORM:
-        wanted = _norm_square(y, factor16)
     codes = _round(y, scale, zero, BITS)
     if RESTORE_NORM:
-        got = _norm_square(codes * scale[:, None] + zero[:, None], factor16)
+        decoded = codes * scale[:, None] + zero[:, None]
+        weight = factor16.to(tl.float32)[None, :]
+        wanted, got = _sums((y * weight) * (y * weight), (decoded * weight) * (decoded * weight), 1)
         ratio = tl.sqrt(tl.where(got > 0, wanted / tl.where(got > 0, got, 1.0), 1.0))
         ratio = tl.minimum(tl.maximum(ratio, 0.5), 2.0)
         scale16, zero16 = to_fp16(scale * ratio), to_fp16(zero * ratio)
@@ -235,7 +273,7 @@ def _choose_grid(y, COLS: tl.constexpr, BITS: tl.constexpr, RECIPE: tl.constexpr
         mean = tl.sum(y, 1) / COLS
         y = y - mean[:, None]
         scale, zero = _least_squares_range(y, low - mean, high - mean, COLS, RECIPE.range_refits)
-        y, zero = y + mean[:, None], zero + mean
+        zero += mean
     if RECIPE.relative:  # codes for the stored grid
         scale16 = to_fp16(scale)
         middle = zero + scale * (2**BITS - 1) / 2  # of the row's range
@@ -244,6 +282,8 @@ def _choose_grid(y, COLS: tl.constexpr, BITS: tl.constexpr, RECIPE: tl.constexpr
     else:  # codes for the unrounded grid
         scale = tl.maximum(scale, 1e-10)
         scale16, zero16 = to_fp16(scale), to_fp16(zero)
+    if BITS == 2 and RECIPE.range_refits > 0:
+        y = y + mean[:, None]
     return y, scale, zero, scale16, zero16
 
 
@@ -377,7 +417,7 @@ def _norm_square(y, factor16):  # type: ignore[no-untyped-def]
 def _round(y, scale, zero, BITS: tl.constexpr):  # type: ignore[no-untyped-def]
     """Codes as floats; a row with scale 0 gets code 0."""
     inverse = tl.where(scale == 0, 0.0, 1.0 / tl.where(scale == 0, 1.0, scale))
-    codes = (y - zero[:, None]) * inverse[:, None]
+    codes = y * inverse[:, None] - (zero * inverse)[:, None]
     codes = tl.minimum(tl.maximum(codes, 0.0), 2.0**BITS - 1)
     magic: tl.constexpr = (
         1.5 * 2**23

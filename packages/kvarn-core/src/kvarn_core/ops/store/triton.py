@@ -21,7 +21,15 @@ from kvarn_core.layout import (
     SINK_COLUMN,
     RecordLayout,
 )
-from kvarn_core.ops.quantize.triton import num_warps, write_key, write_value
+from kvarn_core.ops.quantize.triton import (
+    layout_of,
+    layout_text,
+    num_warps,
+    recipe_of,
+    recipe_text,
+    write_key,
+    write_value,
+)
 from kvarn_core.spec import PRESETS, Recipe
 from kvarn_core.variants import Variant
 
@@ -95,7 +103,7 @@ def seal(
         key, value, cache, page_table, seq_lens, cu_seqlens_q,
         key.stride(0), value.stride(0), cache.stride(0), page_table.stride(0),
         slots, heads, layer,
-        LAYOUT=layout, RECIPE=recipe, RAW=raw,
+        LAYOUT=layout_text(layout), RECIPE=recipe_text(recipe), RAW=raw,
         num_warps=num_warps(layout), num_stages=1,
     )  # fmt: skip
 
@@ -105,6 +113,7 @@ def variants() -> Iterator[Variant]:
     for preset in PRESETS.values():
         for dim in HEAD_DIMS:
             layout = RecordLayout(preset, dim)
+            text = layout_text(layout)
             for dtype in ("fp16", "bf16"):
                 name = f"{preset.name}-d{dim}-{dtype}"
                 for rows in (1, PREFILL_ROWS):
@@ -114,7 +123,7 @@ def variants() -> Iterator[Variant]:
                             name=f"{what}-{name}-rows{rows}",
                             kernel=_write_rows,
                             signature=_signature(dtype, "blocks"),
-                            constexprs={"LAYOUT": layout, "ROWS": rows, "TO_RING": to_ring},
+                            constexprs={"LAYOUT": text, "ROWS": rows, "TO_RING": to_ring},
                             num_warps=_row_warps(rows),
                             num_stages=1,
                         )
@@ -124,7 +133,11 @@ def variants() -> Iterator[Variant]:
                             name=f"seal-{name}-{recipe.name}-{'raw' if raw else 'ring'}",
                             kernel=_seal,
                             signature=_signature(dtype, "slots", "heads", "layer"),
-                            constexprs={"LAYOUT": layout, "RECIPE": recipe, "RAW": raw},
+                            constexprs={
+                                "LAYOUT": text,
+                                "RECIPE": recipe_text(recipe),
+                                "RAW": raw,
+                            },
                             num_warps=num_warps(layout),
                             num_stages=1,
                         )
@@ -161,7 +174,7 @@ def _launch_rows(
             key, value, cache, page_table, seq_lens, cu_seqlens_q,
             key.stride(0), value.stride(0), cache.stride(0), page_table.stride(0),
             blocks,
-            LAYOUT=layout, ROWS=rows, TO_RING=to_ring,
+            LAYOUT=layout_text(layout), ROWS=rows, TO_RING=to_ring,
             num_warps=_row_warps(rows), num_stages=1,
         )  # fmt: skip
 
@@ -187,15 +200,16 @@ def _write_rows(  # type: ignore[no-untyped-def]
     TO_RING: tl.constexpr,
 ):
     """Write ROWS new rows of one head to the ring (if they are the last 2 G) and the sink."""
+    layout: tl.constexpr = layout_of(LAYOUT)
     i_request, i_block = tl.program_id(0) // blocks, tl.program_id(0) % blocks
     i_head = tl.program_id(1)
     start = tl.load(p_starts + i_request)
     new = tl.load(p_starts + i_request + 1) - start
     length = tl.load(p_lens + i_request)
     first = length - new
-    begin = tl.maximum(first, length - LAYOUT.ring_rows) if TO_RING else first
+    begin = tl.maximum(first, length - layout.ring_rows) if TO_RING else first
     begin += i_block * ROWS
-    end = length if TO_RING else tl.minimum(length, LAYOUT.sink_rows)
+    end = length if TO_RING else tl.minimum(length, layout.sink_rows)
     if (new <= 0) | (length <= 0) | (begin >= end):
         return
     position = begin + tl.arange(0, ROWS)
@@ -203,17 +217,17 @@ def _write_rows(  # type: ignore[no-untyped-def]
     token = (start - first + position).to(tl.int64)
     p_table += i_request.to(tl.int64) * table_stride
     sink = tl.load(p_table + SINK)
-    to_sink = mask & (position < LAYOUT.sink_rows) & (sink != 0)
+    to_sink = mask & (position < layout.sink_rows) & (sink != 0)
     for is_value in tl.static_range(2):
         p_new, stride = (p_value, value_stride) if is_value else (p_key, key_stride)
-        x = _new_rows(p_new, stride, token, i_head, mask, LAYOUT, ROWS)
+        x = _new_rows(p_new, stride, token, i_head, mask, layout, ROWS)
         if TO_RING:
             p_ring = _ring_rows(
-                p_cache, page_stride, p_table, position, i_head, is_value, mask, LAYOUT
+                p_cache, page_stride, p_table, position, i_head, is_value, mask, layout
             )
             tl.store(p_ring, x, mask=mask[:, None])
         page = tl.full([ROWS], sink, tl.int64)
-        p_sink = _exact_rows(p_cache, page_stride, page, position, i_head, is_value, LAYOUT)
+        p_sink = _exact_rows(p_cache, page_stride, page, position, i_head, is_value, layout)
         tl.store(p_sink, x, mask=to_sink[:, None])
 
 
@@ -278,7 +292,9 @@ def _seal(  # type: ignore[no-untyped-def]
 
     RAW: tiles may contain new rows. Without it all rows come from the ring.
     """
-    G: tl.constexpr = LAYOUT.group
+    layout: tl.constexpr = layout_of(LAYOUT)
+    recipe: tl.constexpr = recipe_of(RECIPE)
+    G: tl.constexpr = layout.group
     i_request, i_slot = tl.program_id(0) // slots, tl.program_id(0) % slots
     is_value = tl.program_id(2)
     start = tl.load(p_starts + i_request)
@@ -299,14 +315,14 @@ def _seal(  # type: ignore[no-untyped-def]
     if (i_head >= heads) | (deadline >= length) | (i_tile < hits):
         return
     rows = p_cache, page_stride, p_table, first, start, i_tile, i_head
-    page = tl.load(p_table + LAYOUT.header_columns + i_tile)
+    page = tl.load(p_table + layout.header_columns + i_tile)
     if is_value:
-        x = _tile(p_value, value_stride, *rows, 1, LAYOUT, RAW)
-        p_values = p_cache + LAYOUT.key_bytes
-        write_value(x, p_values, page * heads + i_head, LAYOUT.record_bytes, LAYOUT, RECIPE)
+        x = _tile(p_value, value_stride, *rows, 1, layout, RAW)
+        p_values = p_cache + layout.key_bytes
+        write_value(x, p_values, page * heads + i_head, layout.record_bytes, layout, recipe)
     else:
-        x = _tile(p_key, key_stride, *rows, 0, LAYOUT, RAW)
-        write_key(x, p_cache, page * heads + i_head, LAYOUT.record_bytes, LAYOUT, RECIPE)
+        x = _tile(p_key, key_stride, *rows, 0, layout, RAW)
+        write_key(x, p_cache, page * heads + i_head, layout.record_bytes, layout, recipe)
 
 
 @triton.jit
