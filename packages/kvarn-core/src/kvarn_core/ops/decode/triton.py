@@ -33,7 +33,7 @@ HEADS = tl.constexpr(8)  # query heads per program: the N of the mma
 LOG2_E = 1.4426950408889634
 LN_2 = tl.constexpr(0.6931471805599453)
 PROGRAMS_PER_SM = 12  # resident with 168 registers; the splits fill one wave
-REGISTERS = 176  # a limit; 168 are used
+REGISTERS = {(4, 2): 176, (4, 4): 168, (2, 2): 176}  # limits by bits of K and V; no spills
 MAX_SPLITS = 64  # more would save less than combining them costs
 
 
@@ -461,8 +461,9 @@ def _decode_constants(layout: RecordLayout) -> dict[str, int]:
 def _decode_options(layout: RecordLayout) -> dict[str, Any]:
     if layout.head_dim == 256:
         return {"num_warps": 2, "num_stages": 2, "maxnreg": None}
-    spills = layout.preset.key_bits == 2 and layout.group == 64 and layout.head_dim == 128
-    return {"num_warps": 1, "num_stages": 2, "maxnreg": None if spills else REGISTERS}
+    bits = layout.preset.key_bits, layout.preset.value_bits
+    limit = None if bits == (2, 2) and layout.group == 64 else REGISTERS[bits]
+    return {"num_warps": 1, "num_stages": 2, "maxnreg": limit}
 
 
 @cache

@@ -12,7 +12,7 @@ reference: T [ROWS, COLS] has a scale and a zero per row and a factor per column
 from __future__ import annotations
 
 from dataclasses import astuple
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 import triton
@@ -39,10 +39,12 @@ def encode_value(value: torch.Tensor, layout: RecordLayout, recipe: Recipe) -> t
     return _encode(value, layout, recipe, is_value=True)
 
 
-def num_warps(layout: RecordLayout) -> int:
-    """Warps per program: 32 registers of a thread hold the tile, 128 the largest tile."""
+def launch_options(layout: RecordLayout) -> dict[str, Any]:
+    """Warps that share a tile, 32 registers per thread of it or 128 for the largest, and limits."""
     elements = layout.group * layout.head_dim
-    return 8 if elements == 32768 else elements // 1024
+    if elements == 32768:
+        return {"num_warps": 8, "num_stages": 1, "maxnreg": None}
+    return {"num_warps": elements // 1024, "num_stages": 1, "maxnreg": 128}
 
 
 def layout_text(layout: RecordLayout) -> str:
@@ -73,8 +75,7 @@ def variants() -> Iterator[Variant]:
                             "RECIPE": recipe_text(recipe),
                             "IS_VALUE": is_value,
                         },
-                        num_warps=num_warps(layout),
-                        num_stages=1,
+                        **launch_options(layout),
                     )
 
 
@@ -86,7 +87,7 @@ def _encode(
     if len(tiles):
         _encode_tiles[(len(tiles),)](
             tiles.contiguous(), parts, layout_text(layout), recipe_text(recipe), is_value,
-            num_warps=num_warps(layout), num_stages=1,
+            **launch_options(layout),
         )  # fmt: skip
     return parts
 

@@ -22,9 +22,9 @@ from kvarn_core.layout import (
     RecordLayout,
 )
 from kvarn_core.ops.quantize.triton import (
+    launch_options,
     layout_of,
     layout_text,
-    num_warps,
     recipe_of,
     recipe_text,
     write_key,
@@ -104,7 +104,7 @@ def seal(
         key.stride(0), value.stride(0), cache.stride(0), page_table.stride(0),
         slots, heads, layer,
         LAYOUT=layout_text(layout), RECIPE=recipe_text(recipe), RAW=raw,
-        num_warps=num_warps(layout), num_stages=1,
+        **launch_options(layout),
     )  # fmt: skip
 
 
@@ -138,8 +138,7 @@ def variants() -> Iterator[Variant]:
                                 "RECIPE": recipe_text(recipe),
                                 "RAW": raw,
                             },
-                            num_warps=num_warps(layout),
-                            num_stages=1,
+                            **launch_options(layout),
                         )
 
 
