@@ -18,6 +18,7 @@ from typing import Any
 import pytest
 
 import kvarn_core
+from kvarn_core.layout import HEAD_DIMS, RecordLayout
 from kvarn_core.spec import PRESETS
 from kvarn_core.variants import Resources, Variant, compile
 
@@ -32,6 +33,9 @@ OPS = Path(kvarn_core.__file__).parent / "ops"
 KERNEL_FILES = sorted(path.parent.name for path in OPS.glob("*/triton.py"))
 SHARED_BYTES = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}  # of one program
 REGISTER_FILE = 65536  # of one processor
+PROCESSOR_SHARED_BYTES = (
+    228 * 1024
+)  # of one sm_90 processor, of which each program costs 1 KiB more
 REGISTER_TOLERANCE = 0.08  # the assembler's choice moves a little with unrelated edits
 OTHER_PRESETS = [name.removeprefix("kvarn_") for name in PRESETS if name != "kvarn_k4v2_g128"]
 RARE = {"bf16", "fp32", "paper", "ring", "rows1"}  # compiled for the default preset only
@@ -105,6 +109,18 @@ def test_the_table_has_no_other_rows_and_names_its_compiler() -> None:
 def test_names_are_unique() -> None:
     names = [variant.name for variant in _variants()]
     assert len(names) == len(set(names))
+
+
+@pytest.mark.parametrize(("preset", "dim"), [(p, d) for p in PRESETS for d in HEAD_DIMS])
+def test_as_many_decode_programs_are_resident_as_the_splits_assume(preset: str, dim: int) -> None:
+    from kvarn_core.ops.decode.triton import resident_programs
+
+    variant, arch = CASES[f"decode-{preset.removeprefix('kvarn_')}-d{dim}-gqa8-fp16 sm_90"]
+    found = compile(variant, arch)
+    registers = -(-found.registers // 8) * 8  # as they are allocated
+    programs = resident_programs(RecordLayout(PRESETS[preset], dim))
+    assert programs * variant.num_warps * 32 * registers <= REGISTER_FILE
+    assert programs * (found.shared + 1024) <= PROCESSOR_SHARED_BYTES
 
 
 @pytest.mark.parametrize("op", KERNEL_FILES)

@@ -137,7 +137,11 @@ def test_refused_models(tiny_model: Any, tmp_path: Any, changes: Any, sentence: 
 
 
 def complete_config(
-    platform: str = "cpu", capability: int = 90, ranks: int = 1, **model: Any
+    platform: str = "cpu",
+    capability: int = 90,
+    ranks: int = 1,
+    engine: str = "auto",
+    **model: Any,
 ) -> tuple[Any, Any]:
     """An engine configuration that passes, with a model changed by `model`, and a platform."""
     facts = {
@@ -169,7 +173,7 @@ def complete_config(
         attention_config=SimpleNamespace(backend=None),
         speculative_config=None,
         kv_transfer_config=None,
-        additional_config={},
+        additional_config={"kvarn": {"engine": engine}},
     )
     return config, SimpleNamespace(
         is_cpu=lambda: platform == "cpu",
@@ -201,6 +205,11 @@ FACTS = {
         "KVarN: the kernels need a GPU of compute capability 8.0 or higher. Use another GPU, "
         'or plain torch, slow, with --additional-config \'{"kvarn": {"engine": "reference"}}\'.',
     ),
+    "kernels-on-the-cpu": (
+        {"engine": "triton"},
+        "KVarN: The triton engine cannot run: the kernels need a CUDA GPU, or TRITON_INTERPRET=1 "
+        "on the CPU. Use the reference engine.",
+    ),
     "experts-on-several-ranks": (
         {"ranks": 2, "is_moe": True},
         "KVarN: data parallel mixture-of-experts models are not supported yet. "
@@ -214,7 +223,10 @@ FACTS = {
 
 
 @pytest.mark.parametrize(("facts", "sentence"), FACTS.values(), ids=FACTS)
-def test_refused_kinds_of_model_and_platform(facts: dict[str, Any], sentence: str) -> None:
+def test_refused_kinds_of_model_and_platform(
+    facts: dict[str, Any], sentence: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     check_engine(*complete_config(), batch_invariant=False)
     with pytest.raises(NotImplementedError) as caught:
         check_engine(*complete_config(**facts), batch_invariant=False)
@@ -223,8 +235,7 @@ def test_refused_kinds_of_model_and_platform(facts: dict[str, Any], sentence: st
 
 def test_a_gpu_of_capability_8_serves_and_plain_torch_serves_on_any() -> None:
     check_engine(*complete_config("cuda", capability=80, ranks=2), batch_invariant=False)
-    config, platform = complete_config("cuda", capability=75)
-    config.additional_config = {"kvarn": {"engine": "reference"}}
+    config, platform = complete_config("cuda", capability=75, engine="reference")
     check_engine(config, platform, batch_invariant=False)
 
 

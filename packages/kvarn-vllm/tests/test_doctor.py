@@ -2,14 +2,19 @@ from __future__ import annotations
 
 import json
 import sys
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
+import torch
 
-from kvarn_vllm import config
+from kvarn_core import dispatch
+from kvarn_vllm import config, engine
 from kvarn_vllm.__main__ import main
 from kvarn_vllm.config import Options
 from kvarn_vllm.doctor import as_text, report
+
+if TYPE_CHECKING:
+    from pathlib import Path
 
 
 def test_report_of_a_working_installation(tiny_model: Any) -> None:
@@ -37,6 +42,21 @@ def test_a_gpu_is_served_by_kernels_and_graphs(monkeypatch: Any) -> None:
     found = report()
     assert found["engine"] == "triton"
     assert "graphs      decode steps whole, steps with prefills in pieces" in as_text(found)
+
+
+def test_a_gpu_that_no_kernel_serves_is_named(monkeypatch: Any) -> None:
+    monkeypatch.setattr(engine, "_device", lambda _: torch.device("cuda"))
+    monkeypatch.setattr(dispatch, "_triton_installed", lambda: False)
+    assert "engine      none for this platform. KVarN: no kernel can serve." in as_text(report())
+
+
+def test_a_model_that_cannot_be_served_is_named(
+    tiny_model: Any, tmp_path: Path, capsys: Any
+) -> None:
+    facts = json.loads((tiny_model(64) / "config.json").read_text()) | {"head_dim": 96}
+    (tmp_path / "config.json").write_text(json.dumps(facts))
+    assert main(["doctor", "--model", str(tmp_path)]) == 2
+    assert "KVarN: head_dim 96 is not supported." in capsys.readouterr().err
 
 
 def test_sizes_of_a_model_are_printed(tiny_model: Any) -> None:

@@ -4,6 +4,7 @@ from types import SimpleNamespace
 
 import pytest
 
+from kvarn_core import dispatch
 from kvarn_vllm.cache_spec import record_layout
 from kvarn_vllm.config import Options
 from kvarn_vllm.engine import choose, explain, model_layout, serves_batches
@@ -22,6 +23,16 @@ def test_kernels_that_cannot_run_are_refused_not_replaced(monkeypatch: pytest.Mo
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     with pytest.raises(RuntimeError, match="The triton engine cannot run"):
         choose(Options(engine="triton"), LAYOUT)
+
+
+def test_a_gpu_without_kernels_is_refused_not_served_slowly(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(dispatch, "_triton_installed", lambda: False)
+    with pytest.raises(RuntimeError, match=r"KVarN: no kernel can serve.*triton is not installed"):
+        choose(Options(), LAYOUT, "cuda")
+    assert choose(Options(engine="reference"), LAYOUT, "cuda") == "reference"
+    assert choose(Options(), record_layout("kvarn_debug32_g64", 64), "cuda") == "reference"
 
 
 def test_sealed_prefill_is_served_row_by_row(monkeypatch: pytest.MonkeyPatch) -> None:

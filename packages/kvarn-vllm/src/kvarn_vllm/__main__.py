@@ -19,7 +19,7 @@ def main(arguments: list[str] | None = None) -> int:
     Returns
     -------
     int
-        0; 1 if the doctor found that the plugin is not armed.
+        0; 1 if the doctor found that the plugin is not armed, 2 if the model cannot be served.
     """
     arguments = sys.argv[1:] if arguments is None else arguments
     if arguments[:1] == ["vllm"]:
@@ -29,7 +29,7 @@ def main(arguments: list[str] | None = None) -> int:
     commands = parser.add_subparsers(dest="command", required=True)
     doctor = commands.add_parser("doctor", help="say what this installation would do")
     doctor.add_argument("--json", action="store_true", help="print JSON")
-    doctor.add_argument("--model", help="folder or name of a model, for its head dimension")
+    doctor.add_argument("--model", help="folder or name of a model, for its sizes")
     commands.add_parser("vllm", help="vLLM's own command line, with the plugin loaded first")
     return _doctor(parser.parse_args(arguments))
 
@@ -37,8 +37,12 @@ def main(arguments: list[str] | None = None) -> int:
 def _doctor(options: argparse.Namespace) -> int:
     from kvarn_vllm.doctor import as_text, report
 
-    with contextlib.redirect_stdout(sys.stderr):  # vLLM logs to standard output
-        found = report(options.model)
+    try:
+        with contextlib.redirect_stdout(sys.stderr):  # vLLM logs to standard output
+            found = report(options.model)
+    except ValueError as error:
+        print(f"KVarN: {error}", file=sys.stderr)
+        return 2
     print(json.dumps(found, indent=2) if options.json else as_text(found))
     return 0 if found["armed"] else 1
 

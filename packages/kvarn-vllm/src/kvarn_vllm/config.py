@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from kvarn_core import PRESETS, Preset, Recipe
+from kvarn_core import PRESETS, Preset, Recipe, dispatch
 from kvarn_core.layout import HEAD_DIMS
 from kvarn_core.spec import DEBUG_PRESETS
 
@@ -134,7 +134,10 @@ def check_engine(config: Any, platform: Any, *, batch_invariant: bool) -> None:
 
 
 def _check_platform(config: Any, platform: Any) -> None:
+    engine = Options.from_config(config.additional_config).engine
     if platform.is_cpu():
+        if engine == "triton":
+            _check_interpreter()
         return
     if platform.is_cuda() and config.model_config.dtype == torch.float32:
         raise NotImplementedError(
@@ -144,12 +147,19 @@ def _check_platform(config: Any, platform: Any) -> None:
         raise NotImplementedError(
             "KVarN: this platform is not supported. Use an NVIDIA GPU or vLLM's CPU engine."
         )
-    reference = Options.from_config(config.additional_config).engine == "reference"
-    if not reference and not platform.has_device_capability(MIN_CAPABILITY):
+    if engine != "reference" and not platform.has_device_capability(MIN_CAPABILITY):
         raise NotImplementedError(
             "KVarN: the kernels need a GPU of compute capability 8.0 or higher. Use another GPU, "
             'or plain torch, slow, with --additional-config \'{"kvarn": {"engine": "reference"}}\'.'
         )
+
+
+def _check_interpreter() -> None:
+    """Refuse kernels on the CPU, unless Triton interprets them."""
+    try:
+        dispatch.select(torch.device("cpu"), None, "triton")
+    except RuntimeError as error:
+        raise NotImplementedError(f"KVarN: {error}") from None
 
 
 def _check_model(model: Any) -> None:

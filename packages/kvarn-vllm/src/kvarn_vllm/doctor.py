@@ -36,6 +36,11 @@ def report(model: str | None = None) -> dict[str, Any]:
         Versions, whether the plugin is armed or the reason why not, the platform, the engine and
         why, what CUDA graphs hold, and per preset: bytes per token and KV head, their ratio to 16
         bits, header pages; with a model also bytes per token and tokens per GiB. JSON types.
+
+    Raises
+    ------
+    ValueError
+        If the model's head dimension is not supported.
     """
     shape = _shape(model) if model else None
     head_dim = shape.head_dim if shape else 128
@@ -102,9 +107,13 @@ def _served(layout: RecordLayout) -> dict[str, Any]:
     if device not in ("cpu", "cuda"):
         return NO_ENGINE
     options = Options()
+    try:
+        engine = choose(options, layout, device)
+    except RuntimeError as error:
+        return {**NO_ENGINE, "engine_reason": str(error)}
     graphs = "decode steps whole, steps with prefills in pieces"
     return {
-        "engine": choose(options, layout, device),
+        "engine": engine,
         "engine_reason": explain(options, layout, device),
         "cuda_graphs": graphs if serves_batches(options, layout, device) else None,
     }

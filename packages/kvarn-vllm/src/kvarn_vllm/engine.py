@@ -25,7 +25,7 @@ def model_layout(vllm_config: Any) -> RecordLayout:
 
 
 def choose(options: Options, layout: RecordLayout, device_type: str | None = None) -> str:
-    """Name the engine of `kvarn_core` that runs every op.
+    """Name the engine of `kvarn_core` that runs every op; on a GPU plain torch must be asked for.
 
     Parameters
     ----------
@@ -39,9 +39,18 @@ def choose(options: Options, layout: RecordLayout, device_type: str | None = Non
     Raises
     ------
     ValueError, RuntimeError
-        If an engine was asked for by name and cannot run.
+        If an engine was asked for by name and cannot run, or no kernel can run on a GPU.
     """
-    return dispatch.select(_device(device_type), layout, options.forced_engine)
+    device = _device(device_type)
+    chosen = dispatch.select(device, layout, options.forced_engine)
+    unasked = chosen == "reference" and options.forced_engine is None
+    if unasked and device.type == "cuda" and not layout.preset.is_debug:
+        why = dispatch.explain(device, layout)
+        raise RuntimeError(
+            f"KVarN: no kernel can serve. {why} That is slow and must be asked for, with "
+            '--additional-config \'{"kvarn": {"engine": "reference"}}\'.'
+        )
+    return chosen
 
 
 def explain(options: Options, layout: RecordLayout, device_type: str | None = None) -> str:

@@ -6,7 +6,7 @@ of `mma.m16n8k16`, so with one warp the words that a lane loads *are* its operan
 AND, because a b-bit field of an otherwise empty half word is the fp16 number code * 2^(s - 24).
 Scales are folded into the query (K) and the probabilities (V); nothing is dequantised.
 
-What limits it: 8 warps per SM by registers. Traded away: a prefetch across units, and batch
+What limits it: 12 warps per SM, by registers. Traded away: a prefetch across units, and batch
 invariance, because the number of splits follows from the batch.
 
 Bytes per unit: `layout.record_bytes`. Source: docs/explanation/algorithm.md (folded attention).
@@ -32,7 +32,6 @@ if TYPE_CHECKING:
 HEADS = tl.constexpr(8)  # query heads per program: the N of the mma
 LOG2_E = 1.4426950408889634
 LN_2 = tl.constexpr(0.6931471805599453)
-PROGRAMS_PER_SM = 12  # resident with 168 registers; the splits fill one wave
 REGISTERS = {(4, 2): 176, (4, 4): 168, (2, 2): 176}  # limits by bits of K and V; no spills
 MAX_SPLITS = 64  # more would save less than combining them costs
 
@@ -373,7 +372,7 @@ def _join4(a, b, c, d):  # type: ignore[no-untyped-def]
 def workspace_bytes(batch: int, num_q_heads: int, num_kv_heads: int, layout: RecordLayout) -> int:
     """See `kvarn_core.ops.decode.workspace_bytes`."""
     sizes = range(1, batch + 1)
-    slots = max((n * _splits(n, num_q_heads, num_kv_heads) for n in sizes), default=0)
+    slots = max((n * _splits(layout, n, num_q_heads, num_kv_heads) for n in sizes), default=0)
     return slots * num_q_heads * (layout.head_dim + 2) * 4
 
 
@@ -394,7 +393,7 @@ def decode(
         return
     num_kv_heads = cache.shape[1]
     ratio = num_q_heads // num_kv_heads
-    splits = _splits(batch, num_q_heads, num_kv_heads)
+    splits = _splits(layout, batch, num_q_heads, num_kv_heads)
     slots = batch * num_q_heads * splits
     if workspace is None:
         nbytes = slots * (dim + 2) * 4
@@ -413,10 +412,19 @@ def decode(
     )  # fmt: skip
 
 
-def _splits(batch: int, num_q_heads: int, num_kv_heads: int) -> int:
+def resident_programs(layout: RecordLayout) -> int:
+    """Programs that one processor holds at once, by their registers and shared memory."""
+    if layout.head_dim == 256:
+        return 4
+    if layout.head_dim == 128 and layout.preset.name in ("kvarn_k2v2_g64", "kvarn_k4v4_g128"):
+        return 9
+    return 12
+
+
+def _splits(layout: RecordLayout, batch: int, num_q_heads: int, num_kv_heads: int) -> int:
     """Splits of each request: as many programs as are resident at once, whatever the lengths."""
     head_blocks: int = num_kv_heads * -(-(num_q_heads // num_kv_heads) // HEADS.value)
-    wanted = PROGRAMS_PER_SM * _processors() // (batch * head_blocks)
+    wanted = resident_programs(layout) * _processors() // (batch * head_blocks)
     return min(max(wanted, 1), MAX_SPLITS)
 
 

@@ -26,6 +26,8 @@ from kvarn_core.variants import Variant
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
+# Triton's interpreter calls a combining function of our own once per element: minutes
+INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
 GAUSSIAN_STEP = tl.constexpr(0.9957)  # as in the reference
 
 
@@ -408,13 +410,6 @@ def _least_squares_range(y, low, high, COLS: tl.constexpr, ROUNDS: tl.constexpr)
 
 
 @triton.jit
-def _norm_square(y, factor16):  # type: ignore[no-untyped-def]
-    """Squared norm of each row, columns multiplied by their factors."""
-    x = y * factor16.to(tl.float32)[None, :]
-    return tl.sum(x * x, 1)
-
-
-@triton.jit
 def _round(y, scale, zero, BITS: tl.constexpr):  # type: ignore[no-untyped-def]
     """Codes as floats; a row with scale 0 gets code 0."""
     inverse = tl.where(scale == 0, 0.0, 1.0 / tl.where(scale == 0, 1.0, scale))
@@ -429,18 +424,22 @@ def _round(y, scale, zero, BITS: tl.constexpr):  # type: ignore[no-untyped-def]
 @triton.jit
 def _sums(a, b, AXIS: tl.constexpr):  # type: ignore[no-untyped-def]
     """Sums of two tiles, in one reduction."""
+    if INTERPRETED:
+        return tl.sum(a, AXIS), tl.sum(b, AXIS)
     return tl.reduce((a, b), AXIS, _add_pairs)
-
-
-@triton.jit
-def _add_pairs(a0, b0, a1, b1):  # type: ignore[no-untyped-def]
-    return a0 + a1, b0 + b1
 
 
 @triton.jit
 def _extremes(x, AXIS: tl.constexpr):  # type: ignore[no-untyped-def]
     """Minimum and maximum along an axis, in one reduction."""
+    if INTERPRETED:
+        return tl.min(x, AXIS), tl.max(x, AXIS)
     return tl.reduce((x, x), AXIS, _widen)
+
+
+@triton.jit
+def _add_pairs(a0, b0, a1, b1):  # type: ignore[no-untyped-def]
+    return a0 + a1, b0 + b1
 
 
 @triton.jit
