@@ -112,6 +112,20 @@ def gpu_tests(session: nox.Session) -> None:
 
 
 @nox.session
+def sanitize(session: nox.Session) -> None:
+    """The kernels under compute-sanitizer, and two planted bugs that it must find; one GPU."""
+    install_gpu(session)
+    if shutil.which("compute-sanitizer") is None:
+        session.error("sanitize needs compute-sanitizer, which is part of the CUDA toolkit")
+    folder = "packages/kvarn-core/tests/sanitizer"
+    session.env["PYTORCH_NO_CUDA_MEMORY_CACHING"] = "1"  # every tensor an allocation of its own
+    for check in ("memcheck", "racecheck"):
+        tool = ("compute-sanitizer", "--tool", check, "--error-exitcode", "7", "python")
+        session.run(*tool, f"{folder}/planted.py", check, external=True, success_codes=[7])
+        session.run(*tool, f"{folder}/reduced.py", external=True)
+
+
+@nox.session
 def bench(session: nox.Session) -> None:
     """Time every operation on one GPU, beside the caches of stock vLLM."""
     install_gpu(session)

@@ -11,6 +11,8 @@ from kvarn_core.spec import PRESETS
 from kvarn_core.testing.compare import assert_close, assert_same_bits
 from kvarn_core.testing.inputs import draw
 from kvarn_core.testing.paging import POISONS, Paging, allocate, store_sequence
+from kvarn_core.testing.plugin import poison
+from kvarn_core.testing.workload import lengths, random_cache, record_tables
 
 pytestmark = pytest.mark.kernel
 
@@ -118,9 +120,9 @@ def test_a_hit_count_beyond_the_request_is_not_followed(kernel_device: torch.dev
 def test_bytes_that_are_not_written_change_no_bit(kernel_device: torch.device) -> None:
     tokens = (150, 64, 1)
     results = []
-    for poison in POISONS:
-        paging = _stored(SMALL, tokens, 1, fill=poison)
-        paging.poison_unused(poison)
+    for fill in POISONS:
+        paging = _stored(SMALL, tokens, 1, fill=fill)
+        paging.poison_unused(fill)
         got, _ = _both(paging, _query(paging, 4, torch.float16), tokens, kernel_device)
         results.append(got)
     for out, lse in results[1:]:
@@ -163,3 +165,29 @@ def test_a_workspace_that_is_too_small_is_refused(kernel_device: torch.device) -
             layout=SMALL, sm_scale=1.0, engine="triton",
             workspace=torch.empty(16, dtype=torch.uint8, device=kernel_device),
         )  # fmt: skip
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(("batch", "context"), [(1, 16000), (32, 3000)])
+def test_a_thousand_replays_of_a_graph_have_the_bits_of_eager_mode(
+    batch: int, context: int
+) -> None:
+    layout, device = RecordLayout(PRESETS["kvarn_k4v2_g128"], 128), torch.device("cuda")
+    seq_lens = lengths(batch, context)
+    tables, pages = record_tables(layout, seq_lens)
+    cache = random_cache(layout, tables, pages, 8, device=device)
+    query = torch.randn(batch, 64, 128, dtype=torch.float16, device=device)
+    where = (query, cache, tables[0].to(device), torch.tensor(seq_lens).int().to(device))
+    scratch = torch.empty(workspace_bytes(batch, 64, 8, layout), dtype=torch.uint8, device=device)
+    options = {"layout": layout, "sm_scale": 0.1, "workspace": scratch}
+    want, want_lse = (x.clone() for x in decode(*where, **options))
+    out, lse = torch.empty_like(want), torch.empty_like(want_lse)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        decode(*where, **options, out=out, lse=lse)
+    for _ in range(1000):
+        poison(out)
+        poison(scratch)
+        graph.replay()
+        assert torch.equal(out, want)
+        assert torch.equal(lse, want_lse)

@@ -154,11 +154,11 @@ def test_halves_strides_and_no_tiles(kernel_device: torch.device) -> None:
 
 
 @pytest.mark.gpu
-def test_a_hundred_runs_give_one_result() -> None:
+def test_a_thousand_runs_give_one_result() -> None:
     layout = RecordLayout(PRESETS["kvarn_k4v2_g128"], 128)
     key, value = (tiles.cuda() for tiles in _tiles(layout, 300))
     first = quantize(key, value, layout, engine="triton")
-    for _ in range(99):
+    for _ in range(999):
         assert_same_bits(quantize(key, value, layout, engine="triton"), first)
 
 
