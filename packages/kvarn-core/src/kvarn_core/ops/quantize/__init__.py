@@ -34,7 +34,7 @@ def quantize(
         How the encoder chooses factors and ranges; readers do not depend on it.
     engine : str, optional
         ``reference`` or ``triton``; chosen by `kvarn_core.dispatch` if not given. Engines agree up
-        to the order of sums: factors within one fp16 step, codes almost everywhere.
+        to the order of sums: almost all codes are equal, and the factors of their columns.
 
     Returns
     -------

@@ -2,9 +2,9 @@
 
 The tile stays in registers; every step is a reduction along its rows or its columns, so a pass of
 the normalisation costs five instructions per element and no division. What is traded away against
-the reference: sums run in another order and reciprocals replace divisions, so a factor may differ
-by one unit in the last place of fp16 and a code, rarely, by one. The names are those of the
-reference: T [ROWS, COLS] has a scale and a zero per row and a factor per column.
+the reference: sums run in another order and reciprocals replace divisions, so a code on the edge
+may, rarely, fall to the other side, and the factor that is fitted to it moves with it. The names
+are those of the reference: T [ROWS, COLS] has a scale and a zero per row and a factor per column.
 
 `write_key` and `write_value` are the device functions that `ops.store` seals with.
 """
@@ -42,7 +42,7 @@ def encode_value(value: torch.Tensor, layout: RecordLayout, recipe: Recipe) -> t
 
 
 def launch_options(layout: RecordLayout) -> dict[str, Any]:
-    """Warps that share a tile, 32 registers per thread of it or 128 for the largest, and limits."""
+    """Launch so that a tile takes 32 registers of each thread, the largest one 128."""
     elements = layout.group * layout.head_dim
     if elements == 32768:
         return {"num_warps": 8, "num_stages": 1, "maxnreg": None}
