@@ -3,8 +3,9 @@
 The oracle is a plain torch model. A query at position p sees the sink rows, records of the tiles
 below ``packed_tiles(p)`` and exact rows after them; in mode ``chunk``, queries of one prefill chunk
 see each other raw, and the context as a query at the start of the chunk would. A last-bit
-difference may flip a code, so log-probabilities agree closely in the middle and loosely at the
-edges; the same pass without quantisation has to disagree, or this test would prove nothing.
+difference may flip a code, and with recipe `kvarn` the factor fitted to it and more codes of that
+column, so log-probabilities agree closely in the middle and loosely at the edges; the same pass
+without quantisation has to disagree, or this test would prove nothing.
 """
 
 from __future__ import annotations
@@ -150,6 +151,7 @@ def test_engine_equals_dense_oracle(
     ) as engine:
         answers = [engine.generate([prompt], max_tokens=150)[0][0] for prompt in prompts]
 
+    middle, most = (2e-3, 0.2) if recipe == "paper" else (0.02, 0.6)  # nat
     layout = RecordLayout(Preset.from_name(preset), head_dim)
     errors, blind_errors = [], []
     for prompt, answer in zip(prompts, answers, strict=True):
@@ -168,10 +170,10 @@ def test_engine_equals_dense_oracle(
         errors.append((expected.gather(1, chosen)[:, 0] - got).abs())
         blind_errors.append((blind.gather(1, chosen)[:, 0] - got).abs())
         gap = expected.max(1).values - expected.gather(1, chosen)[:, 0]
-        assert gap.max() < 0.1, "the engine chose a token that is not nearly the oracle's best"
+        assert gap.max() < most / 2, "the engine chose a token that is not nearly the oracle's best"
     error, blind_error = torch.cat(errors), torch.cat(blind_errors)
-    assert error.median() < 2e-3
-    assert error.max() < 0.2
+    assert error.median() < middle
+    assert error.max() < most
     assert blind_error.median() > 10 * error.median()
 
 
