@@ -20,7 +20,7 @@ import torch
 import triton
 from conftest import Engine
 
-from kvarn_eval.fidelity import make_texts
+from kvarn_eval.fidelity import program_texts
 from kvarn_eval.small_model import tasks, tokenizer
 from kvarn_vllm.batched import Batched
 from kvarn_vllm.metadata import KVarNMetadataBuilder
@@ -206,7 +206,7 @@ def run(dtype: str, eager: bool, arrays: Path) -> dict[str, Any]:
     report["segments"] = torch.cuda.memory_stats()["segment.all.allocated"] - before
 
     engine.kv_cache_manager.reset_prefix_cache()
-    texts = make_texts(4, 2048)
+    texts = program_texts(4, 2048)
     rows = read(engine, texts)
     np.savez(arrays, **{str(number): row for number, row in enumerate(rows)})
     report["compiled while serving"] = watch.compiled

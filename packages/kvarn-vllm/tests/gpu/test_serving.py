@@ -28,7 +28,7 @@ CONFIGURATIONS = [
 ]
 AT_ONCE = 4
 FIRST_PACKED = 256  # position of the first query that reads a record
-WRONG = 1  # of 24 answers; the model itself gets fewer than one in 500 wrong
+WRONG = 1  # of 24 answers; an exact cache gets all of these right
 NEAR_TIE = 0.2  # nat; graphs pad batches and compile the model, which rounds differently
 
 
@@ -144,7 +144,7 @@ def test_graphs_generate_the_tokens_of_eager_mode(
 @pytest.fixture(scope="module")
 def oracles() -> list[tuple[np.ndarray, np.ndarray]]:
     """Log-probabilities of each text with an fp16 cache and with kvarn's, in plain torch."""
-    from kvarn_eval.fidelity import ARMS, DEFAULT_PRESET, load_model, make_texts, pseudo_decode
+    from kvarn_eval.fidelity import ARMS, DEFAULT_PRESET, load_model, program_texts, pseudo_decode
 
     folder = Path(__file__).parents[3] / "kvarn-eval" / "models" / "small"
     model = load_model(folder, "plain")
@@ -153,7 +153,7 @@ def oracles() -> list[tuple[np.ndarray, np.ndarray]]:
             pseudo_decode(model, text.ids, ARMS[arm], DEFAULT_PRESET)[:-1].numpy()
             for arm in ("fp16", "kvarn")
         )
-        for text in make_texts(4, 2048)
+        for text in program_texts(4, 2048)
     ]
 
 
@@ -178,5 +178,5 @@ def test_predictions_move_as_far_as_the_policy_says(
         [divergence(kvarn, row) for (_, kvarn), row in zip(oracles, served, strict=True)]
     )
     print(configuration, {"moved": moved, "policy": policy, "apart": apart})
-    assert 0.5 * policy < moved < 1.5 * policy + 0.002, (moved, policy)
-    assert apart < 0.5 * policy + 0.002, (apart, policy)
+    assert 0.5 * policy < moved < 1.5 * policy + 0.001, (moved, policy)
+    assert apart < 0.5 * policy + 0.001, (apart, policy)
