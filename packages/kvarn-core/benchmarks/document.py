@@ -151,11 +151,13 @@ def describe_gpu(line: str) -> dict[str, Any]:
 
 
 def git() -> dict[str, Any]:
-    """State of the checkout; `KVARN_COMMIT` names it where the copy has no history."""
+    """State of the checkout, or ``KVARN_COMMIT``: what a copy elsewhere says it is."""
+    if named := os.environ.get("KVARN_COMMIT"):
+        return {"sha": named, "dirty": False}
     here = str(Path(__file__).parent)
     sha = _output("git", "-C", here, "rev-parse", "HEAD")
     changes = _output("git", "-C", here, "status", "--porcelain", "--untracked-files=no")
-    return {"sha": sha or os.environ.get("KVARN_COMMIT"), "dirty": bool(changes)}
+    return {"sha": sha, "dirty": bool(changes)}
 
 
 def _output(*command: str) -> str | None:

@@ -139,8 +139,10 @@ def test_gpus_are_described_by_the_driver(monkeypatch: pytest.MonkeyPatch) -> No
     assert schema.find_gpus() == []
 
 
-def test_a_copy_without_history_may_be_told_its_commit(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(schema, "_output", lambda *command: None)
+def test_a_copy_may_be_told_its_commit(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(
+        schema, "_output", lambda *command: "other" if command[0] == "git" else None
+    )
     monkeypatch.setenv("KVARN_COMMIT", "abc")
     header = describe_run("demo", "0", Model(name="m", weights_sha256=None, dtype="float16"))
     assert header["git"] == schema.Git(sha="abc", dirty=False)

@@ -151,7 +151,7 @@ def test_engine_equals_dense_oracle(
     ) as engine:
         answers = [engine.generate([prompt], max_tokens=150)[0][0] for prompt in prompts]
 
-    middle, most = (2e-3, 0.2) if recipe == "paper" else (0.02, 0.6)  # nat
+    middle, most = (2e-3, 0.2) if recipe == "paper" else (0.02, 0.4)  # nat
     layout = RecordLayout(Preset.from_name(preset), head_dim)
     errors, blind_errors = [], []
     for prompt, answer in zip(prompts, answers, strict=True):
@@ -174,7 +174,7 @@ def test_engine_equals_dense_oracle(
     error, blind_error = torch.cat(errors), torch.cat(blind_errors)
     assert error.median() < middle
     assert error.max() < most
-    assert blind_error.median() > 10 * error.median()
+    assert blind_error.median() > 20 * error.median()
 
 
 def test_several_samples_share_a_prompt(start: Any, tiny_model: Any) -> None:

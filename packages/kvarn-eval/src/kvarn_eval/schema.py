@@ -92,7 +92,7 @@ class Environment(Strict):
 
 
 class Git(Strict):
-    """State of the checkout; outside of one, `sha` is ``KVARN_COMMIT`` or None."""
+    """State of the checkout, or ``KVARN_COMMIT``: what a copy elsewhere says it is."""
 
     sha: str | None
     dirty: bool
@@ -300,10 +300,12 @@ def _output(*command: str) -> str | None:
 
 
 def _git() -> Git:
+    if named := os.environ.get("KVARN_COMMIT"):
+        return Git(sha=named, dirty=False)
     here = str(Path(__file__).parent)
     sha = _output("git", "-C", here, "rev-parse", "HEAD")
     changes = _output("git", "-C", here, "status", "--porcelain", "--untracked-files=no")
-    return Git(sha=sha or os.environ.get("KVARN_COMMIT"), dirty=bool(changes))
+    return Git(sha=sha, dirty=bool(changes))
 
 
 def _environment() -> Environment:

@@ -41,7 +41,7 @@ class Options:
     recipe : Recipe
         How records are filled: ``kvarn`` (default) or ``paper``.
     engine : str
-        ``auto`` (default): Triton kernels where there is a GPU for them, else plain torch.
+        ``auto`` (default): Triton kernels on a GPU, plain torch on the CPU.
         ``reference``: plain torch, on any platform. ``triton``: kernels, or a refusal.
     """
 

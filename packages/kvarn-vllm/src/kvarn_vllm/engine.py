@@ -30,7 +30,7 @@ def choose(options: Options, layout: RecordLayout, device_type: str | None = Non
     Parameters
     ----------
     options : Options
-        The user's; ``auto`` takes Triton wherever there is a GPU for it.
+        The user's; ``auto`` takes Triton on a GPU.
     layout : RecordLayout
         Byte layout of the preset.
     device_type : str, optional
