@@ -28,19 +28,24 @@ static_assert(G * 16 <= REGION_BYTES, "the probabilities of a unit fit the regio
 // Query of a head block: rotated, times scale, in B-fragment order; heads that do not exist are zero.
 DEVICE void load_query(u32 to, const Element* query, int count, float scale) {
     const int lane = threadIdx.x % 32;
-    for (int head = threadIdx.x / 32; head < HEADS; head += WARPS) {
-        Channels c;
+    Channels c[HEADS_OF_WARP];
 #pragma unroll
-        for (int i = 0; i < 2 * PAIRS; i++) c.x[i / 2][i % 2] = 0.0f;
-        if (head < count) {
-            c = load_channels(query + u64(head) * D);
-            rotate(c);
-        }
+    for (int h = 0; h < HEADS_OF_WARP; h++) {
+#pragma unroll
+        for (int i = 0; i < 2 * PAIRS; i++) c[h].x[i / 2][i % 2] = 0.0f;
+        if (head_of_warp(h) < count) c[h] = load_channels(query + u64(head_of_warp(h)) * D);
+    }
+#pragma unroll
+    for (int h = 0; h < HEADS_OF_WARP; h++) {
+        const int head = head_of_warp(h);
+        if (head >= HEADS) break;
+        rotate(c[h]);
 #pragma unroll
         for (int i = 0; i < PAIRS; i++) {
             const int channel = 2 * lane + 64 * i, step = channel / 16, k = channel % 16;
             const u32 at = step / 2 * 512 + (head * 4 + k % 8 / 2) * 16 + step % 2 * 8 + k / 8 * 4;
-            store_shared(to + at, pack_halves(saturate(c.x[i][0] * scale), saturate(c.x[i][1] * scale)));
+            const float(&x)[2] = c[h].x[i];
+            store_shared(to + at, pack_halves(saturate(x[0] * scale), saturate(x[1] * scale)));
         }
     }
 }
@@ -152,11 +157,15 @@ decode_kernel(const Element* query, const u8* cache, const int* table, const int
                 store_shared(base + FLAG_AT, last);
             }
             __syncthreads();
-            if (load_shared(base + FLAG_AT))
-                for (int i = warp; i < heads; i += WARPS) {
-                    Sum sum = merge_partials(partials, first, parts, i);
-                    write_result(result + u64(i) * D, result_lse + i, sum);
-                }
+            if (load_shared(base + FLAG_AT)) {
+                Sum sums[HEADS_OF_WARP];
+                merge_partials(partials, first, parts, heads, sums);
+#pragma unroll
+                for (int i = 0; i < HEADS_OF_WARP; i++)
+                    if (head_of_warp(i) < heads)
+                        write_result(result + u64(head_of_warp(i)) * D, result_lse + head_of_warp(i),
+                                     sums[i]);
+            }
         }
         at = end;
         if (at < share.end) {

@@ -74,42 +74,80 @@ DEVICE const float* partial_of(const float* partials, int first, int part) {
     return partials + u64(2 * (first + part) + (part == 0)) * PARTIAL;
 }
 
-DEVICE Sum merge_partials(const float* partials, int first, int parts, int head) {
+// Heads that a warp has of a head block, and parts of them all that are on their way from L2 at once.
+constexpr int HEADS_OF_WARP = (HEADS + WARPS - 1) / WARPS;
+constexpr int LOADS = HEADS_OF_WARP * PAIRS;  // of a lane for one part
+constexpr int AT_ONCE = LOADS <= 4 ? 8 : LOADS <= 8 ? 4 : 2;
+
+DEVICE int head_of_warp(int i) { return int(threadIdx.x) / 32 + i * WARPS; }
+
+// Sums of the heads of a warp over parts 0, 1, ... in this order. Heads from `heads` on do not exist.
+DEVICE void merge_partials(const float* partials, int first, int parts, int heads,
+                           Sum (&all)[HEADS_OF_WARP]) {
     const int lane = threadIdx.x % 32;
-    Sum all;
-    all.top = LOWEST;
-    all.sum = 0.0f;
-    for (int i = lane; i < parts; i += 32)
-        all.top = fmaxf(all.top, partial_of(partials, first, i)[HEADS * D + head]);
+    int head[HEADS_OF_WARP];
 #pragma unroll
-    for (int bit = 1; bit < 32; bit *= 2)
-        all.top = fmaxf(all.top, __shfl_xor_sync(ALL_LANES, all.top, bit));
+    for (int h = 0; h < HEADS_OF_WARP; h++) {
+        head[h] = min(head_of_warp(h), heads - 1);
+        all[h].top = LOWEST;
+        all[h].sum = 0.0f;
 #pragma unroll
-    for (int i = 0; i < 2 * PAIRS; i++) all.out.x[i / 2][i % 2] = 0.0f;
-    for (int start = 0; start < parts; start += 32) {
-        const int mine = start + lane;
-        float factor = 0.0f;
-        if (mine < parts) {
-            const float* state = partial_of(partials, first, mine) + HEADS * D + head;
-            factor = exp2_approx(state[0] - all.top);
-            all.sum = fmaf(factor, state[HEADS], all.sum);
+        for (int i = 0; i < 2 * PAIRS; i++) all[h].out.x[i / 2][i % 2] = 0.0f;
+    }
+    for (int start = 0; start < parts; start += 32) {  // a lane weighs one part
+        const bool there = start + lane < parts;
+        const float* states = partial_of(partials, first, min(start + lane, parts - 1)) + HEADS * D;
+        float top[HEADS_OF_WARP], sum[HEADS_OF_WARP], factor[HEADS_OF_WARP];
+#pragma unroll
+        for (int h = 0; h < HEADS_OF_WARP; h++) {
+            top[h] = states[head[h]];
+            sum[h] = states[HEADS + head[h]];
+        }
+#pragma unroll
+        for (int h = 0; h < HEADS_OF_WARP; h++) {
+            float highest = fmaxf(all[h].top, there ? top[h] : LOWEST);
+#pragma unroll
+            for (int bit = 1; bit < 32; bit *= 2)
+                highest = fmaxf(highest, __shfl_xor_sync(ALL_LANES, highest, bit));
+            const float before = exp2_approx(all[h].top - highest);
+            factor[h] = there ? exp2_approx(top[h] - highest) : 0.0f;
+            all[h].top = highest;
+            all[h].sum = fmaf(factor[h], there ? sum[h] : 0.0f, all[h].sum * before);
+#pragma unroll
+            for (int i = 0; i < 2 * PAIRS; i++) all[h].out.x[i / 2][i % 2] *= before;
         }
         const int count = min(32, parts - start);
-#pragma unroll 4
-        for (int i = 0; i < count; i++) {
-            const float f = __shfl_sync(ALL_LANES, factor, i);
-            const float* from = partial_of(partials, first, start + i) + head * D + 2 * lane;
+#pragma unroll 1
+        for (int i = 0; i < count; i += AT_ONCE) {
+            float2 x[AT_ONCE][HEADS_OF_WARP][PAIRS];
 #pragma unroll
-            for (int j = 0; j < PAIRS; j++) {
-                const float2 x = *reinterpret_cast<const float2*>(from + 64 * j);
-                all.out.x[j][0] = fmaf(f, x.x, all.out.x[j][0]);
-                all.out.x[j][1] = fmaf(f, x.y, all.out.x[j][1]);
+            for (int k = 0; k < AT_ONCE; k++) {
+                const float* from = partial_of(partials, first, start + min(i + k, count - 1));
+#pragma unroll
+                for (int h = 0; h < HEADS_OF_WARP; h++)
+#pragma unroll
+                    for (int j = 0; j < PAIRS; j++)
+                        x[k][h][j] = *reinterpret_cast<const float2*>(from + head[h] * D + 2 * lane +
+                                                                      64 * j);
             }
+#pragma unroll
+            for (int k = 0; k < AT_ONCE; k++)
+#pragma unroll
+                for (int h = 0; h < HEADS_OF_WARP; h++) {
+                    const float f = __shfl_sync(ALL_LANES, factor[h], i + k);  // 0 behind the last
+#pragma unroll
+                    for (int j = 0; j < PAIRS; j++) {
+                        all[h].out.x[j][0] = fmaf(f, x[k][h][j].x, all[h].out.x[j][0]);
+                        all[h].out.x[j][1] = fmaf(f, x[k][h][j].y, all[h].out.x[j][1]);
+                    }
+                }
         }
     }
 #pragma unroll
-    for (int bit = 1; bit < 32; bit *= 2) all.sum += __shfl_xor_sync(ALL_LANES, all.sum, bit);
-    return all;
+    for (int h = 0; h < HEADS_OF_WARP; h++)
+#pragma unroll
+        for (int bit = 1; bit < 32; bit *= 2)
+            all[h].sum += __shfl_xor_sync(ALL_LANES, all[h].sum, bit);
 }
 
 DEVICE void write_result(Element* out, float* lse, Sum& sum) {
