@@ -1,0 +1,22 @@
+// Tiles that lie in memory, to halves of records: one CTA each.
+#include "encode.cuh"
+
+#if OF_VALUES
+using Half = Value;
+#else
+using Half = Key;
+#endif
+
+// tiles: fp16 [N, G, D], contiguous; parts: u8 [N, Half::BYTES]
+KERNEL void __launch_bounds__(THREADS, CTAS) quantize(const u16* tiles, u8* parts) {
+    DYNAMIC_SHARED(shared);
+    u16* const tile = reinterpret_cast<u16*>(shared);
+    const uint4* const from = reinterpret_cast<const uint4*>(tiles + u64(blockIdx.x) * (G * D));
+#pragma unroll
+    for (int i = threadIdx.x; i < G * D / 8; i += THREADS) {
+        const int token = i / (D / 8), channel = i % (D / 8) * 8;
+        *reinterpret_cast<uint4*>(&tile[tile_place(token, channel)]) = from[i];
+    }
+    __syncthreads();
+    encode<Half>(shared, parts + u64(blockIdx.x) * Half::BYTES);
+}
