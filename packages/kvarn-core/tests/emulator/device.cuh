@@ -13,7 +13,7 @@ constexpr u32 ALL_LANES = 0xffffffffu;
 // --- CUDA C++ --------------------------------------------------------------------------------------
 
 #define KERNEL static
-#define DEVICE static inline
+#define DEVICE inline
 #define DYNAMIC_SHARED(name) u8* const name = emulator::machine.shared_data()
 #define __global__
 #define __device__

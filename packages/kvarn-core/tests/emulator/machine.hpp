@@ -288,7 +288,8 @@ inline void Machine::prepare(Fiber& f) {
     }
     auto* top = reinterpret_cast<void**>(f.stack + STACK_BYTES - 64);
 #if defined(__x86_64__)
-    top[0] = nullptr;  // entry() finds the stack as after a call
+    top++;           // entry() finds the stack as after a call: 8 bytes off a multiple of 16
+    top[0] = nullptr;
     top[-1] = reinterpret_cast<void*>(&Machine::entry);
     f.stack_pointer = top - 1 - SAVED;
 #else

@@ -1,0 +1,212 @@
+"""Launching decode attention in CUDA C++: one kernel per call, whatever the lengths.
+
+The grid is what the GPU holds at once. Scratch memory is one slot per CTA and end of its share,
+then one counter per (request, head block); counters are zero between calls.
+"""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+
+from kvarn_core import nvrtc
+from kvarn_core.layout import HEAD_DIMS, RecordLayout
+from kvarn_core.layout_header import HEADER_NAME, layout_header
+from kvarn_core.spec import PRESETS
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+logger = logging.getLogger(__name__)
+
+HERE = Path(__file__).parent
+HEADS = 8  # query heads of a head block
+LOG2_E = 1.4426950408889634
+DTYPES = {torch.float16: ("fp16", 0), torch.bfloat16: ("bf16", 1), torch.float32: ("fp32", 2)}
+ARGUMENTS = ("pointer",) * 8 + ("f32",) + ("i32",) * 7
+UNITS_PER_WARP = 1  # least share of a CTA: more means fewer partials, later
+
+# warps of a CTA and CTAs of a processor, by head_dim and bits; what shared memory holds
+SHAPES = {
+    (64, 4, 2): (4, 4), (64, 4, 4): (4, 4), (64, 2, 2): (4, 4),
+    (128, 4, 2): (4, 3), (128, 4, 4): (5, 2), (128, 2, 2): (4, 3),
+    (256, 4, 2): (3, 2), (256, 4, 4): (5, 1), (256, 2, 2): (4, 2),
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Scratch:
+    """Bytes of the workspace: partial results, then counters.
+
+    Parameters
+    ----------
+    ctas : int
+        CTAs of the grid.
+    head_dim : int
+        D.
+    counters : int
+        One per (request, head block).
+    """
+
+    ctas: int
+    head_dim: int
+    counters: int
+
+    @property
+    def partial_bytes(self) -> int:
+        """Two slots per CTA: outputs, maxima and sums of a head block, fp32."""
+        return 2 * self.ctas * (HEADS * self.head_dim + 2 * HEADS) * 4
+
+    @property
+    def nbytes(self) -> int:
+        """All of it."""
+        return self.partial_bytes + 4 * self.counters
+
+
+def decode(
+    query: torch.Tensor,
+    cache: torch.Tensor,
+    page_table: torch.Tensor,
+    seq_lens: torch.Tensor,
+    layout: RecordLayout,
+    sm_scale: float,
+    out: torch.Tensor,
+    lse: torch.Tensor,
+    workspace: torch.Tensor | None,
+) -> None:
+    """See `kvarn_core.ops.decode.decode`; fills `out` and `lse`."""
+    batch, num_q_heads, _ = query.shape
+    if not batch:
+        return
+    _check_rows("query", query)
+    _check_rows("out", out)
+    num_kv_heads = cache.shape[1]
+    ratio = num_q_heads // num_kv_heads
+    scratch = _scratch(batch, num_q_heads, num_kv_heads, layout, query.device)
+    if workspace is None:
+        workspace = torch.zeros(scratch.nbytes, dtype=torch.uint8, device=query.device)
+    partials = workspace.data_ptr()
+    kernel = _kernel(layout, query.dtype, query.device)
+    kernel.launch(
+        (scratch.ctas, 1, 1),
+        query.data_ptr(), cache.data_ptr(), page_table.data_ptr(), seq_lens.data_ptr(),
+        out.data_ptr(), lse.data_ptr(), partials, partials + scratch.partial_bytes,
+        sm_scale * LOG2_E, page_table.stride(0), query.stride(0), out.stride(0), batch,
+        num_kv_heads, ratio, UNITS_PER_WARP * shape(layout)[0],
+    )  # fmt: skip
+
+
+def workspace_bytes(
+    batch: int, num_q_heads: int, num_kv_heads: int, layout: RecordLayout, device: torch.device
+) -> int:
+    """See `kvarn_core.ops.decode.workspace_bytes`."""
+    return _scratch(batch, num_q_heads, num_kv_heads, layout, device).nbytes
+
+
+def shape(layout: RecordLayout) -> tuple[int, int]:
+    """Warps of a CTA, and CTAs that one processor holds at once."""
+    return SHAPES[layout.head_dim, layout.preset.key_bits, layout.preset.value_bits]
+
+
+def shared_bytes(layout: RecordLayout) -> int:
+    """Shared memory of a CTA: records, query, outputs and states of warps, flag, barriers."""
+    warps, _ = shape(layout)
+    region = HEADS * (layout.head_dim + 4) * 4
+    return warps * (layout.record_bytes + region + HEADS * 8 + 16) + 16 * layout.head_dim + 16
+
+
+def variant(layout: RecordLayout, dtype: torch.dtype, *, magic: bool = False) -> nvrtc.Variant:
+    """The compiled form for a layout and a query dtype.
+
+    Parameters
+    ----------
+    layout : RecordLayout
+        Byte layout of the preset.
+    dtype : torch.dtype
+        Of query and output: a key of `DTYPES`.
+    magic : bool
+        Make codes with an exponent instead of as subnormals.
+    """
+    warps, ctas = shape(layout)
+    name, number = DTYPES[dtype]
+    defines = {
+        "WARPS": warps, "CTAS": ctas, "QUERY": number,
+        "EXPECTED_SHARED_BYTES": shared_bytes(layout), **({"KVARN_MAGIC": 1} if magic else {}),
+    }  # fmt: skip
+    program = nvrtc.Program(
+        "decode_kernel", HERE / "decode.cu", {HEADER_NAME: layout_header(layout)}, defines
+    )
+    words = ["decode", layout.preset.name[6:], f"d{layout.head_dim}", name, *["magic"] * magic]
+    return nvrtc.Variant(
+        "-".join(words), program, ARGUMENTS, warps * 32, ctas, shared_bytes(layout)
+    )
+
+
+def variants() -> Iterator[nvrtc.Variant]:
+    """Every compiled form of the kernel; see `kvarn_core.nvrtc`."""
+    for preset in PRESETS.values():
+        for dim in HEAD_DIMS:
+            for magic in (False, True):
+                yield variant(RecordLayout(preset, dim), torch.float16, magic=magic)
+    main = RecordLayout(PRESETS["kvarn_k4v2_g128"], 128)
+    for dtype in (torch.bfloat16, torch.float32):
+        yield variant(main, dtype)
+
+
+@cache
+def subnormals_are_exact(device: torch.device) -> bool:
+    """Multiply every code at every place of a half on the tensor cores of a device and compare.
+
+    Runs once per device and reads the answer back, so not while a graph is captured.
+
+    Notes
+    -----
+    On failure the kernels make codes with an exponent, which costs instructions; one log line.
+    """
+    program = nvrtc.Program("self_test", HERE.parent.parent / "cuda" / "self_test.cu")
+    kernel = nvrtc.load(nvrtc.Variant("self-test", program, ("pointer",), 32, 1), device)
+    wrong = torch.full((1,), -1, dtype=torch.int32, device=device)
+    kernel.launch((1, 1, 1), wrong.data_ptr())
+    count = int(wrong.item())
+    if count:
+        logger.warning("Tensor cores of %s: %d wrong subnormal products.", device, count)
+    else:
+        logger.info("Tensor cores of %s multiply subnormals exactly.", device)
+    return count == 0
+
+
+@cache
+def _kernel(layout: RecordLayout, dtype: torch.dtype, device: torch.device) -> nvrtc.Kernel:
+    if dtype not in DTYPES:
+        raise ValueError(f"query has dtype {dtype}. Pass fp16, bf16 or fp32.")
+    magic = not subnormals_are_exact(device)
+    return nvrtc.load(variant(layout, dtype, magic=magic), device)
+
+
+@cache
+def _scratch(
+    batch: int, num_q_heads: int, num_kv_heads: int, layout: RecordLayout, device: torch.device
+) -> Scratch:
+    blocks = num_kv_heads * -(-(num_q_heads // num_kv_heads) // HEADS)
+    return Scratch(_processors(device) * shape(layout)[1], layout.head_dim, batch * blocks)
+
+
+@cache
+def _processors(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+def _check_rows(name: str, rows: torch.Tensor) -> None:
+    """Refuse what the kernel's pairs of elements would misread."""
+    dense = rows.stride(2) == 1 and rows.stride(1) == rows.shape[2]
+    pair = 2 * rows.element_size()
+    if not dense or rows.stride(0) % 2 or rows.data_ptr() % pair:
+        raise ValueError(
+            f"{name} has strides {tuple(rows.stride())}. Pass dense heads, an even stride between "
+            f"requests and an address that is a multiple of {pair} bytes."
+        )
