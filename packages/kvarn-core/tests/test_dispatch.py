@@ -78,5 +78,49 @@ def test_a_missing_package_is_a_reason(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_an_unknown_engine_is_refused() -> None:
-    with pytest.raises(ValueError, match=r"no engine 'cuda'\. Choose one of reference, triton\."):
+    with pytest.raises(ValueError, match=r"no engine 'magic'\. Choose one of reference, triton, cuda\."):
+        select(CPU, LAYOUT, "magic")
+
+
+@pytest.mark.parametrize("capability", [(9, 0)], indirect=True)
+def test_hopper_runs_cuda_when_asked_for(capability: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("kvarn_core.nvrtc.obstacle", lambda: None)
+    assert select(GPU, LAYOUT, "cuda", kernels=("triton", "cuda")) == "cuda"
+    assert select(GPU, LAYOUT, "cuda") == "triton"  # an operation without such a kernel
+    assert explain(GPU, LAYOUT, "cuda") == (
+        "The cuda engine runs on cuda:0, as asked for. "
+        "Operations in CUDA C++: decode; Triton runs the others."
+    )
+
+
+@pytest.mark.parametrize("capability", [(9, 0)], indirect=True)
+def test_one_constant_makes_cuda_automatic(
+    capability: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("kvarn_core.nvrtc.obstacle", lambda: None)
+    monkeypatch.setattr("kvarn_core.dispatch.AUTOMATIC", "cuda")
+    assert select(GPU, LAYOUT, kernels=("triton", "cuda")) == "cuda"
+    assert select(GPU, LAYOUT) == "triton"
+    assert explain(GPU, LAYOUT).startswith("The cuda engine runs on cuda:0 (Imagined GPU).")
+    monkeypatch.setattr("kvarn_core.nvrtc.obstacle", lambda: "the package cuda-bindings")
+    assert select(GPU, LAYOUT, kernels=("triton", "cuda")) == "triton"
+
+
+@pytest.mark.parametrize("capability", [(8, 0), (10, 0), (12, 0)], indirect=True)
+def test_other_gpus_refuse_cuda(capability: None) -> None:
+    with pytest.raises(RuntimeError, match=r"^The cuda engine cannot run: .* need exactly 9\.0"):
+        select(GPU, LAYOUT, "cuda")
+
+
+def test_the_cpu_refuses_cuda() -> None:
+    with pytest.raises(RuntimeError, match=r"need a GPU of compute capability 9\.0\. Use the tri"):
         select(CPU, LAYOUT, "cuda")
+
+
+@pytest.mark.parametrize("capability", [(9, 0)], indirect=True)
+def test_a_missing_compiler_is_a_reason(
+    capability: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("kvarn_core.nvrtc.obstacle", lambda: "the package nvidia-cuda-nvrtc")
+    with pytest.raises(RuntimeError, match="the package nvidia-cuda-nvrtc is not installed"):
+        select(GPU, LAYOUT, "cuda")

@@ -49,6 +49,17 @@ def test_every_call_gets_the_same_bytes(manager: Any) -> None:
     assert [tensor.data_ptr() for tensor in workspace.decode(3)] == first
 
 
+def test_layers_of_a_kind_share_the_scratch_of_decode_which_begins_as_zeros(manager: Any) -> None:
+    layers = [Workspace(LAYOUT, 4, 2, max_requests=5) for _ in range(2)]
+    scratch, other = (layer.decode(5)[0] for layer in layers)
+    assert scratch.data_ptr() == other.data_ptr()
+    assert not scratch.any()
+    key, value = layers[0].context(100, torch.float16)
+    for tensor in (key, value, layers[0].decode(5)[1]):
+        tensor.fill_(1)
+    assert not scratch.any()
+
+
 def test_tensors_of_one_call_do_not_overlap(manager: Any) -> None:
     workspace = Workspace(LAYOUT, 4, 2, max_requests=16)
     for tensors in (workspace.context(100, torch.float16), workspace.decode(16)):

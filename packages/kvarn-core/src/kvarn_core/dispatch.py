@@ -1,7 +1,8 @@
-"""Which engine runs an operation: the reference in plain torch, or Triton kernels.
+"""Which engine runs an operation: the reference in plain torch, Triton kernels, or CUDA C++.
 
 The choice follows from the device and the preset, never from the environment or from what happened
-before, and `explain` says it in one sentence. An engine asked for by name runs or is refused.
+before, and `explain` says it. An engine asked for by name runs or is refused; under `cuda` an
+operation without a kernel in CUDA C++ runs in Triton.
 """
 
 from __future__ import annotations
@@ -16,11 +17,19 @@ import torch
 if TYPE_CHECKING:
     from kvarn_core.layout import RecordLayout
 
-ENGINES = ("reference", "triton")
+ENGINES = ("reference", "triton", "cuda")
+AUTOMATIC = "triton"  # what a GPU that can run both gets
+IN_CUDA = ("decode",)  # operations with a kernel in CUDA C++
 TRITON_CAPABILITY = (8, 0)  # the oldest GPU whose tensor cores the kernels can use
 
 
-def select(device: torch.device, layout: RecordLayout | None, engine: str | None = None) -> str:
+def select(
+    device: torch.device,
+    layout: RecordLayout | None,
+    engine: str | None = None,
+    *,
+    kernels: tuple[str, ...] = ("triton",),
+) -> str:
     """Choose the engine of an operation.
 
     Parameters
@@ -30,7 +39,11 @@ def select(device: torch.device, layout: RecordLayout | None, engine: str | None
     layout : RecordLayout, optional
         Byte layout of the preset; None for an operation without records.
     engine : str, optional
-        ``"reference"`` or ``"triton"`` forces one; None takes Triton where a GPU can run it.
+        A member of `ENGINES` forces one; None takes `AUTOMATIC` where a GPU can run it, then
+        Triton.
+    kernels : tuple of str
+        Engines that have a kernel for the operation. Without ``"cuda"`` among them Triton runs
+        what the cuda engine is asked for.
 
     Returns
     -------
@@ -50,29 +63,59 @@ def select(device: torch.device, layout: RecordLayout | None, engine: str | None
     """
     if engine not in (None, *ENGINES):
         raise ValueError(f"There is no engine {engine!r}. Choose one of {', '.join(ENGINES)}.")
+    if engine == "reference":
+        return engine
     if engine is None:
-        usable = device.type == "cuda" and _obstacle(device, layout) is None
-        return "triton" if usable else "reference"
-    if engine == "triton" and (obstacle := _obstacle(device, layout)):
-        error = ValueError if layout and layout.preset.is_debug else RuntimeError
-        raise error(f"The triton engine cannot run: {obstacle}. Use the reference engine.")
-    return engine
+        if device.type != "cuda":
+            return "reference"
+        able = AUTOMATIC == "cuda" and "cuda" in kernels and not _obstacle(device, layout, "cuda")
+        if able:
+            return "cuda"
+        return "reference" if _obstacle(device, layout, "triton") else "triton"
+    wanted = engine if engine in kernels else "triton"
+    for needed in dict.fromkeys((engine, wanted)):
+        if obstacle := _obstacle(device, layout, needed):
+            error = ValueError if layout and layout.preset.is_debug else RuntimeError
+            other = "triton" if needed == "cuda" else "reference"
+            raise error(f"The {needed} engine cannot run: {obstacle}. Use the {other} engine.")
+    return wanted
 
 
 def explain(device: torch.device, layout: RecordLayout | None, engine: str | None = None) -> str:
-    """Say in one sentence which engine `select` chooses and why; same parameters and errors."""
-    chosen = select(device, layout, engine)
+    """Say which engine `select` chooses for a whole step and why; same parameters and errors."""
+    chosen = select(device, layout, engine, kernels=ENGINES)
+    rest = ""
+    if chosen == "cuda":
+        rest = f" Operations in CUDA C++: {', '.join(IN_CUDA)}; Triton runs the others."
     if engine is not None:
-        return f"The {chosen} engine runs on {device}, as asked for."
-    if chosen == "triton":
-        return f"The triton engine runs on {device} ({torch.cuda.get_device_name(device)})."
-    return f"The reference engine runs on {device}, because {_obstacle(device, layout)}."
+        return f"The {chosen} engine runs on {device}, as asked for.{rest}"
+    if chosen != "reference":
+        return f"The {chosen} engine runs on {device} ({torch.cuda.get_device_name(device)}).{rest}"
+    return f"The reference engine runs on {device}, because {_obstacle(device, layout, 'triton')}."
 
 
-def _obstacle(device: torch.device, layout: RecordLayout | None) -> str | None:
-    """Why Triton kernels cannot run, as a clause, or None."""
+def _obstacle(device: torch.device, layout: RecordLayout | None, engine: str) -> str | None:
+    """Why the kernels of an engine cannot run, as a clause, or None."""
     if layout and layout.preset.is_debug:
         return f"{layout.preset.name} stores fp32 rows, which no kernel reads"
+    return _cuda_obstacle(device) if engine == "cuda" else _triton_obstacle(device)
+
+
+def _cuda_obstacle(device: torch.device) -> str | None:
+    from kvarn_core import nvrtc
+
+    need = ".".join(map(str, nvrtc.CAPABILITY))
+    if device.type != "cuda":
+        return f"its kernels need a GPU of compute capability {need}"
+    capability = torch.cuda.get_device_capability(device)
+    if capability != nvrtc.CAPABILITY:
+        have = ".".join(map(str, capability))
+        return f"{device} has compute capability {have} and its kernels need exactly {need}"
+    missing = nvrtc.obstacle()
+    return missing and f"{missing} is not installed"
+
+
+def _triton_obstacle(device: torch.device) -> str | None:
     if not _triton_installed():
         return "the package triton is not installed"
     if device.type == "cuda":

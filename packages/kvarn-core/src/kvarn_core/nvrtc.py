@@ -176,6 +176,7 @@ class Kernel:
             raise RuntimeError(f"Launching {self.variant.name} failed: {error!s}.")
 
 
+@cache
 def obstacle() -> str | None:
     """Name the package that compiling needs and that is missing, or None."""
     try:

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
 
 PREFILL_MODES = ("chunk", "sealed")
-ENGINES = ("auto", "reference", "triton")
+ENGINES = ("auto", *dispatch.ENGINES)
 OPTIONS_KEY = "kvarn"
 MIN_CAPABILITY = 80  # vLLM writes 8.0 as 80
 
@@ -42,7 +42,8 @@ class Options:
         How records are filled: ``kvarn`` (default) or ``paper``.
     engine : str
         ``auto`` (default): Triton kernels on a GPU, plain torch on the CPU.
-        ``reference``: plain torch, on any platform. ``triton``: kernels, or a refusal.
+        ``reference``: plain torch, on any platform. ``triton``: kernels, or a refusal. ``cuda``:
+        CUDA C++ where an operation has it, else Triton, or a refusal.
     """
 
     prefill: str = "chunk"
@@ -136,8 +137,8 @@ def check_engine(config: Any, platform: Any, *, batch_invariant: bool) -> None:
 def _check_platform(config: Any, platform: Any) -> None:
     engine = Options.from_config(config.additional_config).engine
     if platform.is_cpu():
-        if engine == "triton":
-            _check_interpreter()
+        if engine in ("triton", "cuda"):
+            _check_kernels(engine)
         return
     if platform.is_cuda() and config.model_config.dtype == torch.float32:
         raise NotImplementedError(
@@ -154,10 +155,10 @@ def _check_platform(config: Any, platform: Any) -> None:
         )
 
 
-def _check_interpreter() -> None:
+def _check_kernels(engine: str) -> None:
     """Refuse kernels on the CPU, unless Triton interprets them."""
     try:
-        dispatch.select(torch.device("cpu"), None, "triton")
+        dispatch.select(torch.device("cpu"), None, engine)
     except RuntimeError as error:
         raise NotImplementedError(f"KVarN: {error}") from None
 

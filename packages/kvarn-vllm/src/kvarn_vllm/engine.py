@@ -25,12 +25,12 @@ def model_layout(vllm_config: Any) -> RecordLayout:
 
 
 def choose(options: Options, layout: RecordLayout, device_type: str | None = None) -> str:
-    """Name the engine of `kvarn_core` that runs every op; on a GPU plain torch must be asked for.
+    """Name the engine of `kvarn_core` that runs a step; on a GPU plain torch must be asked for.
 
     Parameters
     ----------
     options : Options
-        The user's; ``auto`` takes Triton on a GPU.
+        The user's; ``auto`` takes kernels on a GPU.
     layout : RecordLayout
         Byte layout of the preset.
     device_type : str, optional
@@ -42,7 +42,9 @@ def choose(options: Options, layout: RecordLayout, device_type: str | None = Non
         If an engine was asked for by name and cannot run, or no kernel can run on a GPU.
     """
     device = _device(device_type)
-    chosen = dispatch.select(device, layout, options.forced_engine)
+    chosen = dispatch.select(
+        device, layout, options.forced_engine, kernels=dispatch.ENGINES
+    )
     unasked = chosen == "reference" and options.forced_engine is None
     if unasked and device.type == "cuda" and not layout.preset.is_debug:
         why = dispatch.explain(device, layout)
@@ -64,7 +66,7 @@ def serves_batches(options: Options, layout: RecordLayout, device_type: str | No
     Only then can CUDA graphs hold a decode step. The reference engine and prefill mode ``sealed``
     go through a step request by request. Parameters and errors are those of `choose`.
     """
-    return options.prefill == "chunk" and choose(options, layout, device_type) == "triton"
+    return options.prefill == "chunk" and choose(options, layout, device_type) != "reference"
 
 
 def _device(device_type: str | None) -> torch.device:

@@ -1,8 +1,10 @@
 """Scratch memory of attention, reserved once, before vLLM measures what is left for the cache.
 
-The bytes come from vLLM's workspace manager, so all layers share them and a captured graph finds
+Most bytes come from vLLM's workspace manager, so all layers share them and a captured graph finds
 them where it left them. Their sizes follow from the configuration alone. What is traded away: a
-context longer than `CONTEXT_TOKENS` is read in several passes.
+context longer than `CONTEXT_TOKENS` is read in several passes. The scratch of the decode op is a
+tensor of its own, a few MiB for all layers of a kind: it begins as zeros, and whatever else is
+written to it would break its counters.
 
 Rotated queries are not kept here. They are as large as the step, and live while the much larger
 tensors of the layer's MLP do not, so the allocator finds room for them that is counted anyway.
@@ -11,6 +13,7 @@ tensors of the layer's MLP do not, so the allocator finds room for them that is 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cache
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -56,19 +59,23 @@ class Workspace:
 
     def decode(self, requests: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Scratch of the decode op (uint8) and its log-sum-exps [requests, Hq], fp32."""
-        nbytes = workspace_bytes(
-            self.max_requests, self.num_q_heads, self.num_kv_heads, self.layout
-        )
-        scratch, lse = _take(
-            ((nbytes,), torch.uint8), ((requests, self.num_q_heads), torch.float32)
-        )
-        return scratch, lse
+        (lse,) = _take(((requests, self.num_q_heads), torch.float32))
+        return _decode_scratch(self, lse.device), lse
 
     def context(self, tokens: int, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
         """Keys and values [tokens, Hkv, D] of older tokens."""
         rows = ((tokens, self.num_kv_heads, self.layout.head_dim), dtype)
         key, value = _take(rows, rows)
         return key, value
+
+
+@cache
+def _decode_scratch(workspace: Workspace, device: torch.device) -> torch.Tensor:
+    """Scratch of the decode op, shared by the layers that `workspace` describes."""
+    nbytes = workspace_bytes(
+        workspace.max_requests, workspace.num_q_heads, workspace.num_kv_heads, workspace.layout
+    )
+    return torch.zeros(nbytes, dtype=torch.uint8, device=device)
 
 
 def _take(*shapes: tuple[tuple[int, ...], torch.dtype]) -> list[torch.Tensor]:

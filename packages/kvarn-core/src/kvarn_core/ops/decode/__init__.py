@@ -48,7 +48,9 @@ def decode(
     lse : Tensor [B, Hq], fp32, optional
         Receives the log-sum-exp.
     workspace : Tensor [n], uint8, optional
-        Scratch memory of a kernel, n >= `workspace_bytes`, 16-byte aligned.
+        Scratch memory of a kernel, n >= `workspace_bytes`, 16-byte aligned. Zero before its first
+        use, used for nothing else and by one engine, one layout and one call at a time: the cuda
+        engine keeps counters in it, which every call leaves at zero.
     engine : str, optional
         Forces an engine; see `kvarn_core.dispatch`.
 
@@ -66,9 +68,9 @@ def decode(
 
     Notes
     -----
-    With `out`, `lse` and `workspace` given, the Triton engine allocates nothing, reads nothing
-    back to the host and can be captured in a CUDA graph. Its result depends on B in the last bits,
-    because B decides how a request is split.
+    With `out`, `lse` and `workspace` given, the kernels allocate nothing, read nothing back to the
+    host and can be captured in a CUDA graph; the cuda engine after a first call. Results depend on
+    the batch in the last bits, because it decides how a request is split.
 
     References
     ----------
@@ -79,25 +81,33 @@ def decode(
             f"query has shape {tuple(query.shape)}. Pass [B, Hq, {layout.head_dim}] with Hq a "
             f"multiple of the {cache.shape[1]} KV heads."
         )
-    chosen = dispatch.select(cache.device, layout, engine)
+    chosen = dispatch.select(cache.device, layout, engine, kernels=("triton", "cuda"))
     if chosen == "reference":
         result = reference.decode(query, cache, page_table, seq_lens, layout, sm_scale)
         given = (out, lse)
         return tuple(r if g is None else g.copy_(r) for r, g in zip(result, given, strict=True))  # type: ignore[return-value]
-    from kvarn_core.ops.decode import triton
-
     if workspace is not None:
         needed = workspace_bytes(len(query), query.shape[1], cache.shape[1], layout)
         if workspace.numel() < needed:
             raise ValueError(f"workspace has {workspace.numel()} bytes. Pass {needed} or more.")
     out = torch.empty_like(query) if out is None else out
     lse = query.new_empty(query.shape[:2], dtype=torch.float32) if lse is None else lse
-    triton.decode(query, cache, page_table, seq_lens, layout, sm_scale, out, lse, workspace)
+    arguments = (query, cache, page_table, seq_lens, layout, sm_scale, out, lse, workspace)
+    if chosen == "cuda":
+        from kvarn_core.ops.decode import cuda
+
+        cuda.decode(*arguments)
+    else:
+        from kvarn_core.ops.decode import triton
+
+        triton.decode(*arguments)
     return out, lse
 
 
 def workspace_bytes(batch: int, num_q_heads: int, num_kv_heads: int, layout: RecordLayout) -> int:
     """Return the bytes of scratch memory that suffice for every batch of up to `batch` requests.
+
+    They suffice for every engine that has kernels for the current GPU.
 
     Parameters
     ----------
@@ -108,9 +118,14 @@ def workspace_bytes(batch: int, num_q_heads: int, num_kv_heads: int, layout: Rec
     layout : RecordLayout
         Byte layout of the preset.
     """
-    from kvarn_core.ops.decode import triton
+    from kvarn_core.ops.decode import cuda, triton
 
-    return triton.workspace_bytes(batch, num_q_heads, num_kv_heads, layout)
+    nbytes = triton.workspace_bytes(batch, num_q_heads, num_kv_heads, layout)
+    if cuda.has_kernels(layout):
+        device = torch.device("cuda", torch.cuda.current_device())
+        sizes = (batch, num_q_heads, num_kv_heads, layout)
+        nbytes = max(nbytes, cuda.workspace_bytes(*sizes, device))
+    return nbytes
 
 
 def attend(

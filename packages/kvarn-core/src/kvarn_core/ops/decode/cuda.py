@@ -108,6 +108,13 @@ def workspace_bytes(
     return _scratch(batch, num_q_heads, num_kv_heads, layout, device).nbytes
 
 
+def has_kernels(layout: RecordLayout) -> bool:
+    """Whether the kernel can run on the current GPU, its packages apart."""
+    if layout.preset.is_debug or not torch.cuda.is_available():
+        return False
+    return torch.cuda.get_device_capability() == nvrtc.CAPABILITY
+
+
 def shape(layout: RecordLayout) -> tuple[int, int]:
     """Warps of a CTA, and CTAs that one processor holds at once."""
     return SHAPES[layout.head_dim, layout.preset.key_bits, layout.preset.value_bits]

@@ -1,0 +1,109 @@
+"""Compiling, keeping and packing, without a GPU."""
+
+from __future__ import annotations
+
+import ctypes
+import dataclasses
+import stat
+from typing import TYPE_CHECKING
+
+import pytest
+
+from kvarn_core import nvrtc
+from kvarn_core.nvrtc import DIGEST_BYTES, Packer, Program
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+SOURCE = '#include "device.cuh"\nKERNEL void copy(int* p) { p[threadIdx.x] = VALUE; }\n'
+compiles = pytest.mark.skipif(nvrtc.obstacle() is not None, reason=f"{nvrtc.obstacle()} is missing")
+
+
+@pytest.fixture
+def program(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Program:
+    monkeypatch.setenv("KVARN_CACHE_DIR", str(tmp_path / "cache"))
+    source = tmp_path / "copy.cu"
+    source.write_text(SOURCE)
+    return Program("copy", source, {}, {"VALUE": 3})
+
+
+def _kept() -> list[Path]:
+    return sorted(nvrtc.cache_folder().iterdir())
+
+
+@compiles
+def test_a_cubin_is_compiled_once_and_kept_privately(
+    program: Program, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = nvrtc.compile(program)
+    assert first[:4] == b"\x7fELF"
+    assert b"copy" in first
+    assert stat.S_IMODE(nvrtc.cache_folder().stat().st_mode) == 0o700
+    assert len(_kept()) == 1
+    monkeypatch.setattr(nvrtc, "_compile", None)  # a second compilation would fail
+    assert nvrtc.compile(program) == first
+
+
+@compiles
+def test_everything_that_matters_is_part_of_the_key(program: Program) -> None:
+    nvrtc.compile(program)
+    nvrtc.compile(dataclasses.replace(program, defines={"VALUE": 4}))
+    nvrtc.compile(dataclasses.replace(program, headers={"unused.cuh": "// other"}))
+    nvrtc.compile(program, "sm_100a")
+    program.source.write_text(SOURCE + "// other\n")
+    nvrtc.compile(program)
+    assert len(_kept()) == 5
+
+
+@compiles
+@pytest.mark.parametrize("place", [0, DIGEST_BYTES + 100])
+def test_a_damaged_cubin_is_written_again(
+    place: int, program: Program, caplog: pytest.LogCaptureFixture
+) -> None:
+    first = nvrtc.compile(program)
+    (path,) = _kept()
+    content = bytearray(path.read_bytes())
+    content[place] ^= 1
+    path.write_bytes(content)
+    assert nvrtc.compile(program) == first
+    assert "is damaged" in caplog.text
+    content[place] ^= 1
+    assert path.read_bytes() == content
+
+
+@compiles
+def test_a_folder_that_others_can_write_is_not_trusted(
+    program: Program, caplog: pytest.LogCaptureFixture
+) -> None:
+    nvrtc.cache_folder().mkdir(mode=0o777)
+    nvrtc.cache_folder().chmod(0o777)
+    assert nvrtc.compile(program)[:4] == b"\x7fELF"
+    assert _kept() == []
+    assert "can be written by others" in caplog.text
+
+
+@compiles
+def test_an_error_names_the_file_and_shows_the_log(program: Program) -> None:
+    program.source.write_text("KERNEL broken")
+    with pytest.raises(RuntimeError, match=r"(?s)^copy\.cu does not compile .*error"):
+        nvrtc.compile(program)
+    assert not nvrtc.cache_folder().exists() or _kept() == []
+
+
+def test_a_missing_package_is_named(program: Program, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(nvrtc, "obstacle", lambda: "the package cuda-bindings")
+    with pytest.raises(RuntimeError) as error:
+        nvrtc.compile(program)
+    assert str(error.value) == (
+        "The cuda engine cannot run: the package cuda-bindings is missing. "
+        "Install it with `pip install kvarn-core[cuda]`, or use the triton engine."
+    )
+
+
+def test_arguments_lie_where_the_pointers_say() -> None:
+    packer = Packer(("i32", "pointer", "f32", "i64", "u32"))
+    packer.pack(-7, 2**63 + 5, 1.5, -(2**40), 2**32 - 1)
+    types = (ctypes.c_int32, ctypes.c_uint64, ctypes.c_float, ctypes.c_int64, ctypes.c_uint32)
+    pointers = (ctypes.c_void_p * 5).from_address(packer.address)
+    values = [kind.from_address(p).value for kind, p in zip(types, pointers, strict=True)]
+    assert values == [-7, 2**63 + 5, 1.5, -(2**40), 2**32 - 1]
