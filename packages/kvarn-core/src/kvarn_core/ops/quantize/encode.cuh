@@ -1,8 +1,8 @@
 // One half of a record from a tile in shared memory: column factors, a range and codes per row,
 // factors fitted to the codes, the norm of 2-bit values, bytes in fragment order.
 //
-// Budget at D = G = 128, 256 threads of 64 elements: K at 4 bits about 55 instructions per element,
-// V at 2 bits about 110; nothing but the tile and the half touches global memory. What is traded
+// Estimate at D = G = 128, 256 threads of 64 elements: K at 4 bits 55 instructions per element,
+// V at 2 bits 110; nothing but the tile and the half touches global memory. What is traded
 // away against the reference: sums run in another order and reciprocals replace divisions, so a code
 // on the edge may fall to the other side.
 //
