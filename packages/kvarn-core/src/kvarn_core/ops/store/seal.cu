@@ -1,0 +1,67 @@
+// Tiles that are due, to halves of records: one CTA encodes K or V of one tile of one head.
+//
+// Nothing is decided on the host: a CTA finds its tile from its place in the grid, or that nothing
+// is due there, and returns. Rows come from the ring up to the first new token of the request, and
+// from the model after it; both end as fp16 in shared memory, so a record does not depend on how its
+// rows came.
+//
+// Defines: INPUT, and those of encode.cuh.
+#include "encode.cuh"
+#include "exact_rows.cuh"
+
+// Rows [G, D] of a tile, as read_tile() expects them.
+DEVICE void load_tile(u16* tile, const Element* rows, long long row_stride, const u8* cache,
+                      long long page_stride, const Request& r, int begin, int head, int is_value) {
+#pragma unroll
+    for (int i = threadIdx.x; i < G * PIECES; i += THREADS) {
+        const int token = i / PIECES, piece = i % PIECES, position = begin + token;
+        if (position < r.first) {
+            const long long at = ring_place(r, page_stride, head, position, is_value, piece);
+            *reinterpret_cast<uint4*>(&tile[tile_place(token, piece * 8)]) =
+                *reinterpret_cast<const uint4*>(cache + at);
+        }
+    }
+    if (begin + G <= r.first) return;
+#pragma unroll 2
+    for (int i = threadIdx.x; i < G * PIECES; i += THREADS) {
+        const int token = i / PIECES, piece = i % PIECES, position = begin + token;
+        const bool is_new = position >= r.first;
+        if (!__any_sync(ALL_LANES, is_new)) continue;
+        float x[8] = {};
+        if (is_new) {
+            const long long index = r.start + (position - r.first);
+            load_piece(rows + index * row_stride + head * D + piece * 8, x);
+        }
+        const uint4 row = rotated(x, piece);
+        if (is_new) *reinterpret_cast<uint4*>(&tile[tile_place(token, piece * 8)]) = row;
+    }
+}
+
+// The first arguments are those of write_rows. Grid: requests x slots, columns, K and V. Slot i of a
+// request is the deadline of a head that is the i-th among the new tokens. A column is a head, or,
+// if each request has one new token (`every_head` is 0), the one head among G whose deadline it is.
+KERNEL void __launch_bounds__(THREADS, CTAS)
+seal(const Element* key, const Element* value, u8* cache, const int* table, const int* lens,
+     const int* starts, long long key_stride, long long value_stride, long long page_stride,
+     long long table_stride, int slots, int heads, int layer, int every_head) {
+    DYNAMIC_SHARED(shared);
+    const int index = int(blockIdx.x) / slots, slot = int(blockIdx.x) % slots;
+    const int is_value = int(blockIdx.z);
+    Request r;
+    if (!read_request(r, index, table, table_stride, lens, starts)) return;
+    // layout.seal_phase of head 0; head i adds 13 i. 69 * 13 = 1 modulo 64 and 128
+    const int phase = 29 * r.table[RING_COLUMN] + 37 * layer + G / 2 * is_value;
+    int head = int(blockIdx.y);
+    if (!every_head) head = head * G + (69 * (r.first - phase) & (G - 1));
+    const int deadline = r.first + (phase + 13 * head - r.first & (G - 1)) + slot * G;
+    const int tile = deadline / G - 1;
+    if (head >= heads || deadline >= r.length || tile < r.table[HIT_COLUMN]) return;
+
+    const int page = r.table[HEADER_COLUMNS + tile];
+    load_tile(reinterpret_cast<u16*>(shared), is_value ? value : key,
+              is_value ? value_stride : key_stride, cache, page_stride, r, tile * G, head, is_value);
+    __syncthreads();
+    u8* const record = cache + page * page_stride + head * RECORD_BYTES;
+    if (is_value) encode<Value>(shared, record + KEY_BYTES);
+    else encode<Key>(shared, record);
+}
