@@ -78,7 +78,9 @@ def test_a_missing_package_is_a_reason(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_an_unknown_engine_is_refused() -> None:
-    with pytest.raises(ValueError, match=r"no engine 'magic'\. Choose one of reference, triton, cuda\."):
+    with pytest.raises(
+        ValueError, match=r"no engine 'magic'\. Choose one of reference, triton, cuda\."
+    ):
         select(CPU, LAYOUT, "magic")
 
 
@@ -118,9 +120,7 @@ def test_the_cpu_refuses_cuda() -> None:
 
 
 @pytest.mark.parametrize("capability", [(9, 0)], indirect=True)
-def test_a_missing_compiler_is_a_reason(
-    capability: None, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_missing_compiler_is_a_reason(capability: None, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("kvarn_core.nvrtc.obstacle", lambda: "the package nvidia-cuda-nvrtc")
     with pytest.raises(RuntimeError, match="the package nvidia-cuda-nvrtc is not installed"):
         select(GPU, LAYOUT, "cuda")

@@ -18,7 +18,9 @@ ARGUMENTS = ("pointer", "pointer", "i32", "pointer")
 
 
 def _run(fault: int, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    variant = Variant("probe", Program("probe", SOURCE, {}, {"BREAK": fault}), ARGUMENTS, 64, 1, 512)
+    variant = Variant(
+        "probe", Program("probe", SOURCE, {}, {"BREAK": fault}), ARGUMENTS, 64, 1, 512
+    )
     x, y, sums = torch.arange(192.0), torch.full((192,), -1.0), torch.zeros(3)
     kernel = EmulatedKernel(variant, [x], seed)
     kernel.launch((3, 1, 1), x.data_ptr(), y.data_ptr(), 3, sums.data_ptr())

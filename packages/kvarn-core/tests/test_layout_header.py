@@ -28,8 +28,10 @@ def test_every_offset_is_there_and_the_halves_add_up(name: str, dim: int) -> Non
 
 def test_the_main_layout_is_the_one_of_the_table() -> None:
     found = constants(RecordLayout(PRESETS["kvarn_k4v2_g128"], 128))
-    want = {"K_SCALE": 8192, "K_ZERO": 8448, "K_TOKEN_SCALE": 8704, "V_CODES": 8960,
-            "V_CHANNEL_SCALE": 13056, "V_SCALE": 13312, "V_ZERO": 13568, "ROWS_PER_PAGE": 27}  # fmt: skip
+    want = {
+        "K_SCALE": 8192, "K_ZERO": 8448, "K_TOKEN_SCALE": 8704, "V_CODES": 8960,
+        "V_CHANNEL_SCALE": 13056, "V_SCALE": 13312, "V_ZERO": 13568, "ROWS_PER_PAGE": 27,
+    }  # fmt: skip
     assert {name: found[name] for name in want} == want
 
 

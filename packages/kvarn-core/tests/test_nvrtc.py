@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import dataclasses
 import stat
 from typing import TYPE_CHECKING
 
 import pytest
+import torch
 
 from kvarn_core import nvrtc
-from kvarn_core.nvrtc import DIGEST_BYTES, Packer, Program
+from kvarn_core.nvrtc import DIGEST_BYTES, Kernel, Packer, Program, Variant
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -107,3 +109,54 @@ def test_arguments_lie_where_the_pointers_say() -> None:
     pointers = (ctypes.c_void_p * 5).from_address(packer.address)
     values = [kind.from_address(p).value for kind, p in zip(types, pointers, strict=True)]
     assert values == [-7, 2**63 + 5, 1.5, -(2**40), 2**32 - 1]
+
+
+def test_variants_are_keys_of_what_is_loaded(program: Program) -> None:
+    """`load` keeps one kernel per variant: equal ones must be found, others told apart."""
+    one, same = (Variant("copy", program, ("pointer",), 32, 1) for _ in range(2))
+    other = dataclasses.replace(program, defines={"VALUE": 4})
+    assert {one: 1}[same] == 1
+    assert Variant("copy", other, ("pointer",), 32, 1) not in {one: 1}
+
+
+class Driver:
+    """Takes launches in the place of the driver; the first answers are given."""
+
+    def __init__(self, *answers: int) -> None:
+        self.answers = list(answers)
+        self.launches: list[tuple[object, ...]] = []
+
+    def launch(self, *arguments: object) -> tuple[int]:
+        self.launches.append(arguments)
+        return (self.answers.pop(0) if self.answers else 0,)
+
+
+class Stream:
+    """A stream of torch."""
+
+    cuda_stream, queries = 77, 0
+
+    def query(self) -> None:
+        self.queries += 1
+
+
+@compiles
+def test_a_launch_binds_the_context_of_a_fresh_thread_and_names_what_failed(
+    program: Program, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from cuda.bindings.driver import CUresult
+
+    stream = Stream()
+    monkeypatch.setattr("torch.cuda.current_stream", lambda device: stream)
+    monkeypatch.setattr("torch.cuda.device", lambda device: contextlib.nullcontext())
+    variant = Variant("copy", program, ("pointer", "i32"), 64, 1, 512)
+    kernel = Kernel(variant, 5, torch.device("cuda", 0))
+    driver = Driver(CUresult.CUDA_ERROR_INVALID_CONTEXT)
+    monkeypatch.setattr(kernel, "_launch", driver.launch)
+    kernel.launch((3, 2, 1), 2**40, -1)
+    assert stream.queries == 1
+    assert [launch[1:9] for launch in driver.launches] == [(3, 2, 1, 64, 1, 1, 512, 77)] * 2
+    driver.answers = [CUresult.CUDA_ERROR_INVALID_VALUE]
+    with pytest.raises(RuntimeError, match=r"^Launching copy failed: .*INVALID_VALUE"):
+        kernel.launch((1, 1, 1), 0, 0)
+    assert stream.queries == 1

@@ -59,8 +59,8 @@ class Program:
 
     kernel: str
     source: Path
-    headers: Mapping[str, str] = field(default_factory=dict)
-    defines: Mapping[str, int] = field(default_factory=dict)
+    headers: Mapping[str, str] = field(default_factory=dict, hash=False)
+    defines: Mapping[str, int] = field(default_factory=dict, hash=False)
 
     def texts(self) -> dict[str, str]:
         """Text of every header by name."""
@@ -99,6 +99,11 @@ class Variant:
     threads: int
     ctas: int
     shared_bytes: int = 0
+
+    @property
+    def carveout(self) -> int:
+        """Share of the on-chip memory that is not cache, percent; -1 leaves it to the driver."""
+        return 100 if self.shared_bytes else -1
 
 
 class Packer:
@@ -147,6 +152,7 @@ class Kernel:
         self._function = driver.CUfunction(function)
         self._device = device
         self._launch = driver.cuLaunchKernel
+        self._no_context = driver.CUresult.CUDA_ERROR_INVALID_CONTEXT
         self._arguments = Packer(variant.arguments)
         self._lock = threading.Lock()
 
@@ -165,15 +171,22 @@ class Kernel:
         RuntimeError
             If the driver refuses.
         """
-        stream = torch.cuda.current_stream(self._device).cuda_stream
-        with self._lock:  # the driver copies the arguments before it returns
-            self._arguments.pack(*values)
-            (error,) = self._launch(
-                self._function, *grid, self.variant.threads, 1, 1, self.variant.shared_bytes,
-                stream, self._arguments.address, 0,
-            )  # fmt: skip
+        stream = torch.cuda.current_stream(self._device)
+        with self._lock, torch.cuda.device(self._device):
+            self._arguments.pack(*values)  # the driver copies them before it returns
+            error = self._enqueue(grid, stream.cuda_stream)
+            if error == self._no_context:  # a thread that has not talked to the GPU yet
+                stream.query()
+                error = self._enqueue(grid, stream.cuda_stream)
         if error:
             raise RuntimeError(f"Launching {self.variant.name} failed: {error!s}.")
+
+    def _enqueue(self, grid: tuple[int, int, int], stream: int) -> Any:
+        (error,) = self._launch(
+            self._function, *grid, self.variant.threads, 1, 1, self.variant.shared_bytes,
+            stream, self._arguments.address, 0,
+        )  # fmt: skip
+        return error
 
 
 @cache
@@ -213,8 +226,12 @@ def load(variant: Variant, device: torch.device) -> Kernel:
         torch.cuda.current_stream(device).synchronize()  # torch's context exists and is current
         module = _checked(driver.cuModuleLoadData(binary))
         function = _checked(driver.cuModuleGetFunction(module, variant.program.kernel.encode()))
-        attribute = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
-        _checked(driver.cuFuncSetAttribute(function, attribute, variant.shared_bytes))
+        attributes = driver.CUfunction_attribute
+        for attribute, value in (
+            (attributes.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES, variant.shared_bytes),
+            (attributes.CU_FUNC_ATTRIBUTE_PREFERRED_SHARED_MEMORY_CARVEOUT, variant.carveout),
+        ):
+            _checked(driver.cuFuncSetAttribute(function, attribute, value))
     return Kernel(variant, int(function), device)
 
 
@@ -251,9 +268,7 @@ def cache_folder() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "kvarn"
 
 
-def _compile(
-    name: str, source: str, headers: Mapping[str, str], options: Sequence[str]
-) -> bytes:
+def _compile(name: str, source: str, headers: Mapping[str, str], options: Sequence[str]) -> bytes:
     from cuda.bindings import nvrtc
 
     texts = [text.encode() for text in headers.values()]
@@ -268,7 +283,7 @@ def _compile(
     if status:
         text = log.decode(errors="replace").rstrip("\0\n ")
         raise RuntimeError(f"{name} does not compile ({status!s}).\n{text}")
-    binary = b" " * _checked(nvrtc.nvrtcGetCUBINSize(program))
+    binary: bytes = b" " * _checked(nvrtc.nvrtcGetCUBINSize(program))
     _checked(nvrtc.nvrtcGetCUBIN(program, binary))
     _checked(nvrtc.nvrtcDestroyProgram(program))
     return binary

@@ -16,12 +16,12 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import torch
-
 from kvarn_core.nvrtc import Packer, Program, Variant, cache_folder
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
+
+    import torch
 
 HERE = Path(__file__).parent
 FLAGS = (

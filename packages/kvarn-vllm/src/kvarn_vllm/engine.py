@@ -42,9 +42,7 @@ def choose(options: Options, layout: RecordLayout, device_type: str | None = Non
         If an engine was asked for by name and cannot run, or no kernel can run on a GPU.
     """
     device = _device(device_type)
-    chosen = dispatch.select(
-        device, layout, options.forced_engine, kernels=dispatch.ENGINES
-    )
+    chosen = dispatch.select(device, layout, options.forced_engine, kernels=dispatch.ENGINES)
     unasked = chosen == "reference" and options.forced_engine is None
     if unasked and device.type == "cuda" and not layout.preset.is_debug:
         why = dispatch.explain(device, layout)
