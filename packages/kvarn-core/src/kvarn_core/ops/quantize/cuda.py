@@ -67,14 +67,15 @@ def defines(layout: RecordLayout, recipe: Recipe) -> dict[str, int]:
     }  # fmt: skip
 
 
-def variant(layout: RecordLayout, recipe: Recipe, *, is_value: bool) -> nvrtc.Variant:
-    """The compiled form for one half of a record."""
-    constants = {**defines(layout, recipe), "OF_VALUES": int(is_value)}
-    program = nvrtc.Program("quantize", HERE / "quantize.cu", headers(layout), constants)
-    half = "value" if is_value else "key"
-    name = f"quantize-{half}-{layout.preset.name[6:]}-d{layout.head_dim}-{recipe.name}"
+def variant(layout: RecordLayout, recipe: Recipe) -> nvrtc.Variant:
+    """The compiled form for a layout and a recipe."""
+    program = nvrtc.Program(
+        "quantize", HERE / "quantize.cu", headers(layout), defines(layout, recipe)
+    )
+    name = f"quantize-{layout.preset.name[6:]}-d{layout.head_dim}-{recipe.name}"
+    arguments = ("pointer", "pointer", "i32")
     threads, ctas = threads_and_ctas(layout)
-    return nvrtc.Variant(name, program, ("pointer", "pointer"), threads, ctas, shared_bytes(layout))
+    return nvrtc.Variant(name, program, arguments, threads, ctas, shared_bytes(layout))
 
 
 def variants() -> Iterator[nvrtc.Variant]:
@@ -82,8 +83,7 @@ def variants() -> Iterator[nvrtc.Variant]:
     for preset in PRESETS.values():
         for dim in HEAD_DIMS:
             for recipe in (Recipe.KVARN, Recipe.PAPER):
-                for is_value in (False, True):
-                    yield variant(RecordLayout(preset, dim), recipe, is_value=is_value)
+                yield variant(RecordLayout(preset, dim), recipe)
 
 
 def _encode(
@@ -95,13 +95,11 @@ def _encode(
         tiles = tiles.contiguous()
         if tiles.data_ptr() % 16:
             tiles = tiles.clone()
-        kernel = _kernel(layout, recipe, is_value, tiles.device)
-        kernel.launch((len(tiles), 1, 1), tiles.data_ptr(), parts.data_ptr())
+        kernel = _kernel(layout, recipe, tiles.device)
+        kernel.launch((len(tiles), 1, 1), tiles.data_ptr(), parts.data_ptr(), is_value)
     return parts
 
 
 @cache
-def _kernel(
-    layout: RecordLayout, recipe: Recipe, is_value: bool, device: torch.device
-) -> nvrtc.Kernel:
-    return nvrtc.load(variant(layout, recipe, is_value=is_value), device)
+def _kernel(layout: RecordLayout, recipe: Recipe, device: torch.device) -> nvrtc.Kernel:
+    return nvrtc.load(variant(layout, recipe), device)
