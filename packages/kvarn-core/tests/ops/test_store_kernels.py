@@ -95,6 +95,14 @@ def test_a_prompt_in_chunks_has_the_bytes_of_the_reference(
     assert all(sealed(paging, 0)[: 2 * 2 * layout.packed_tiles(total - 1)])
 
 
+def test_a_prompt_longer_than_the_ring_keeps_its_first_rows(target: Target) -> None:
+    """They are no longer among the rows that `append` writes."""
+    total = 2 * G + SMALL.sink_rows + 1
+    rows = [_rows(total)]
+    paging = allocate(SMALL, [total], seed=14, fill=FILL)
+    step(paging, rows, [total], [total], *target)
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("target", ["triton", "cuda"], indirect=True)
 @pytest.mark.parametrize("recipe", [Recipe.KVARN, Recipe.PAPER], ids=lambda recipe: recipe.name)

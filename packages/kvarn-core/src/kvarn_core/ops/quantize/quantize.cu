@@ -8,7 +8,8 @@ quantize(const u16* tiles, u8* parts, int is_value) {
     u16* const tile = reinterpret_cast<u16*>(shared);
     const uint4* const from = reinterpret_cast<const uint4*>(tiles + u64(blockIdx.x) * (G * D));
 #pragma unroll
-    for (int i = threadIdx.x; i < G * D / 8; i += THREADS) {
+    for (int n = 0; n < G * D / 8 / THREADS; n++) {
+        const int i = n * THREADS + threadIdx.x;
         const int token = i / (D / 8), channel = i % (D / 8) * 8;
         *reinterpret_cast<uint4*>(&tile[tile_place(token, channel)]) = from[i];
     }

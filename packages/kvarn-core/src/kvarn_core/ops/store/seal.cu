@@ -9,22 +9,31 @@
 #include "encode.cuh"
 #include "exact_rows.cuh"
 
-// Rows [G, D] of a tile, as read_tile() expects them.
+// Rows [G, D] of a tile, as read_tile() expects them. All ring rows are asked for before one is
+// needed: this costs the latency of a page number and of a row, once.
 DEVICE void load_tile(u16* tile, const Element* rows, long long row_stride, const u8* cache,
                       long long page_stride, const Request& r, int begin, int head, int is_value) {
+    constexpr int STEP = THREADS / PIECES, COUNT = G / STEP;  // tokens of a CTA at once, of a lane
+    const int piece = threadIdx.x % PIECES, first = threadIdx.x / PIECES;
+    uint4 old[COUNT];
 #pragma unroll
-    for (int i = threadIdx.x; i < G * PIECES; i += THREADS) {
-        const int token = i / PIECES, piece = i % PIECES, position = begin + token;
+    for (int i = 0; i < COUNT; i++) {
+        const int position = begin + first + i * STEP;
         if (position < r.first) {
             const long long at = ring_place(r, page_stride, head, position, is_value, piece);
-            *reinterpret_cast<uint4*>(&tile[tile_place(token, piece * 8)]) =
-                *reinterpret_cast<const uint4*>(cache + at);
+            old[i] = *reinterpret_cast<const uint4*>(cache + at);
         }
+    }
+#pragma unroll
+    for (int i = 0; i < COUNT; i++) {
+        const int token = first + i * STEP;
+        if (begin + token < r.first)
+            *reinterpret_cast<uint4*>(&tile[tile_place(token, piece * 8)]) = old[i];
     }
     if (begin + G <= r.first) return;
 #pragma unroll 2
-    for (int i = threadIdx.x; i < G * PIECES; i += THREADS) {
-        const int token = i / PIECES, piece = i % PIECES, position = begin + token;
+    for (int i = 0; i < COUNT; i++) {
+        const int token = first + i * STEP, position = begin + token;
         const bool is_new = position >= r.first;
         if (!__any_sync(ALL_LANES, is_new)) continue;
         float x[8] = {};
@@ -53,7 +62,7 @@ seal(const Element* key, const Element* value, u8* cache, const int* table, cons
     const int phase = 29 * r.table[RING_COLUMN] + 37 * layer + G / 2 * is_value;
     int head = int(blockIdx.y);
     if (!every_head) head = head * G + (69 * (r.first - phase) & (G - 1));
-    const int deadline = r.first + (phase + 13 * head - r.first & (G - 1)) + slot * G;
+    const int deadline = r.first + ((phase + 13 * head - r.first) & (G - 1)) + slot * G;
     const int tile = deadline / G - 1;
     if (head >= heads || deadline >= r.length || tile < r.table[HIT_COLUMN]) return;
 
