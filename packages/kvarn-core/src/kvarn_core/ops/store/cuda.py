@@ -151,7 +151,7 @@ def _places(
     seq_lens: torch.Tensor,
     cu_seqlens_q: torch.Tensor,
 ) -> tuple[int, ...]:
-    """Addresses and strides; refuses what 16-byte loads would misread."""
+    """Addresses and strides; refuses what the kernels would misread."""
     if key.dtype not in DTYPES or value.dtype != key.dtype:
         raise ValueError(
             f"key and value have dtypes {key.dtype} and {value.dtype}. "
@@ -160,6 +160,13 @@ def _places(
     for name, tensor in (("key", key), ("value", value), ("cache", cache)):
         if tensor.data_ptr() % 16:
             raise ValueError(f"{name} begins at {tensor.data_ptr():#x}. Align it to 16 bytes.")
+    numbers = {"page_table": page_table, "seq_lens": seq_lens, "cu_seqlens_q": cu_seqlens_q}
+    for name, tensor in numbers.items():
+        if tensor.dtype != torch.int32 or tensor.stride(-1) != 1:
+            raise ValueError(
+                f"{name} has dtype {tensor.dtype} and strides {tensor.stride()}. "
+                "Pass int32, contiguous along the last dimension."
+            )
     tensors = key, value, cache, page_table, seq_lens, cu_seqlens_q
     strides = (tensor.stride(0) for tensor in (key, value, cache, page_table))
     return (*(tensor.data_ptr() for tensor in tensors), *strides)
