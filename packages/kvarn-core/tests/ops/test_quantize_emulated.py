@@ -6,7 +6,7 @@ import pytest
 import torch
 from emulator.build import EmulatedKernel
 
-from kvarn_core.layout import RecordLayout
+from kvarn_core.layout import RecordLayout, k_order
 from kvarn_core.ops.quantize import cuda, dequantize, quantize
 from kvarn_core.rotation import exact_rows
 from kvarn_core.spec import PRESETS, Recipe
@@ -110,6 +110,19 @@ def test_a_row_or_column_of_zeros_is_that_of_the_reference() -> None:
         tiles[2, 3, 7] = 1
         tiles[3, 40:] = 0
     _check(key, value, SMALL)
+
+
+def test_a_row_too_narrow_for_a_scale_is_its_middle() -> None:
+    key, value = torch.zeros(2, 1, 64, 64, dtype=torch.float16)
+    key[0, :, 3] = 2000 * gaussian((64,), torch.Generator().manual_seed(0))
+    key[0, ::2, 5] = 1e-5  # its scale is less than half the smallest number of fp16
+    want = quantize(key, value, SMALL, engine="reference")
+    stored = []
+    for records in (want, _records(key, value, SMALL)):
+        fields = [SMALL.fields[name] for name in ("k_scale", "k_zero")]
+        parts = [records[0, f.offset : f.end].view(torch.float16) for f in fields]
+        stored.append([float(part[k_order(5)]) for part in parts])
+    assert stored[0] == stored[1] == [0, 3 * 2.0**-24]
 
 
 @each_recipe

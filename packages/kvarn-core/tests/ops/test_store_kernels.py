@@ -249,6 +249,7 @@ def test_slices_of_larger_tensors(dtype: torch.dtype, target: Target) -> None:
     total = 2 * G
     fused = draw("gaussian", (total, 3 * 2 * 64), seed=10, dtype=dtype).to(target[1])
     key, value = (fused[:, i * 128 : (i + 1) * 128].unflatten(1, (2, 64)) for i in (1, 2))
+    value = value.contiguous()  # another stride than that of the keys
     paging = allocate(SMALL, [total], seed=10, fill=FILL)
     cache = paging.cache.to(target[1])
     wide = torch.full((3, paging.page_table.shape[1] + 5), 10**6, dtype=torch.int32)
