@@ -52,7 +52,8 @@ class Program:
     source : pathlib.Path
         The .cu file.
     headers : mapping of str to str
-        Generated headers, text by name; those in ``kvarn_core/cuda`` are always there.
+        Generated headers, text by name; the files in ``kvarn_core/cuda`` and beside the source
+        are always there.
     defines : mapping of str to int
         Preprocessor constants.
     """
@@ -64,8 +65,9 @@ class Program:
 
     def texts(self) -> dict[str, str]:
         """Text of every header by name."""
-        shared = {path.name: path.read_text() for path in sorted(SHARED_HEADERS.glob("*.cuh"))}
-        return {**shared, **self.headers}
+        folders = (SHARED_HEADERS, self.source.parent)
+        files = (path for folder in folders for path in sorted(folder.glob("*.cuh")))
+        return {**{path.name: path.read_text() for path in files}, **self.headers}
 
     def options(self, arch: str) -> tuple[str, ...]:
         """Compiler options."""

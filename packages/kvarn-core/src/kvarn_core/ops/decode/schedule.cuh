@@ -14,7 +14,8 @@ struct Batch {
     const int* table;
     const int* lengths;
     u64 table_stride;
-    int requests, head_blocks;  // head blocks of all KV heads
+    int requests, kv_heads, blocks;  // head blocks of a KV head
+    DEVICE int pairs() const { return kv_heads * blocks; }  // with one request
 };
 
 struct Row {  // what a request reads
@@ -34,8 +35,8 @@ struct Unit {
     int first;      // page row of the first of them; for a record, tokens that the sink replaces
 };
 
-struct Place {  // unit `index` of head block `block` of request `request`
-    int request, block, index;
+struct Place {  // unit `index` of head block `block` of KV head `head` of request `request`
+    int request, head, block, index;
     Row row;
 };
 
@@ -81,12 +82,12 @@ DEVICE Unit exact_unit(const Row& row, int index, int& column) {
     return {nullptr, high - low, low - page * ROWS_PER_PAGE};
 }
 
-DEVICE Unit locate(const Batch& batch, const u8* cache, int kv_heads, int blocks, const Place& at) {
+DEVICE Unit locate(const Batch& batch, const u8* cache, const Place& at) {
     Unit unit{nullptr, 0, at.index == 0 && at.row.sink ? SINK_ROWS : 0};
     int column = HEADER_COLUMNS + at.index;
     if (at.index >= at.row.packed) unit = exact_unit(at.row, at.index, column);
     const u64 page = u64(batch.table[u64(at.request) * batch.table_stride + column]);
-    const u64 slice = page * kv_heads + at.block / blocks;
+    const u64 slice = page * batch.kv_heads + at.head;
     unit.source = cache + slice * RECORD_BYTES + (unit.count ? unit.first * ROW_BYTES : 0);
     return unit;
 }
@@ -104,7 +105,7 @@ DEVICE int scan(int x) {
 // The share of a CTA and the place where it begins; whole warps call it. Past the end of the line
 // the share is empty and the place is not set.
 DEVICE Share take_share(const Batch& batch, int cta, int ctas, int least, Place& at) {
-    const int lane = threadIdx.x % 32, requests = batch.requests, blocks = batch.head_blocks;
+    const int lane = threadIdx.x % 32, requests = batch.requests, pairs = batch.pairs();
     const int per_lane = (requests + 31) / 32;
     int units = 0;
 #pragma unroll 4
@@ -113,7 +114,7 @@ DEVICE Share take_share(const Batch& batch, int cta, int ctas, int least, Place&
         units += request < requests ? read_row(batch, request).units : 0;
     }
     int sum = scan(units);
-    const int total = __shfl_sync(ALL_LANES, sum, 31) * blocks;
+    const int total = __shfl_sync(ALL_LANES, sum, 31) * pairs;
     Share share;
     share.size = max(least, (total + ctas - 1) / ctas);
     share.begin = min(total, cta * share.size);
@@ -121,8 +122,7 @@ DEVICE Share take_share(const Batch& batch, int cta, int ctas, int least, Place&
     if (share.begin >= share.end) return share;
 
     // the lane whose requests hold the first unit, then the request
-    const int target = share.begin / blocks;  // units of requests before `at` are at most this
-    int owner = __ffs(int(__ballot_sync(ALL_LANES, sum > target))) - 1;
+    int owner = __ffs(int(__ballot_sync(ALL_LANES, sum * pairs > share.begin))) - 1;
     int before = __shfl_sync(ALL_LANES, sum - units, owner);
     at.request = owner;
     if (per_lane > 1) {
@@ -131,7 +131,7 @@ DEVICE Share take_share(const Batch& batch, int cta, int ctas, int least, Place&
             const bool mine = i + lane < per_lane && request < requests;
             units = mine ? read_row(batch, request).units : 0;
             sum = before + scan(units);
-            const u32 found = __ballot_sync(ALL_LANES, sum > target);
+            const u32 found = __ballot_sync(ALL_LANES, sum * pairs > share.begin);
             if (found) {
                 const int source = __ffs(int(found)) - 1;
                 before = __shfl_sync(ALL_LANES, sum - units, source);
@@ -142,9 +142,10 @@ DEVICE Share take_share(const Batch& batch, int cta, int ctas, int least, Place&
         }
     }
     at.row = read_row(batch, at.request);
-    const int rest = share.begin - before * blocks;
-    at.block = rest / at.row.units;
-    at.index = rest % at.row.units;
+    const int rest = share.begin - before * pairs, pair = rest / at.row.units;
+    at.index = rest - pair * at.row.units;
+    at.head = pair / batch.blocks;
+    at.block = pair - at.head * batch.blocks;
     return share;
 }
 
@@ -153,10 +154,11 @@ DEVICE void advance(const Batch& batch, Place& at, int step) {
     at.index += step;
     while (at.index >= at.row.units) {
         at.index -= at.row.units;
-        if (++at.block == batch.head_blocks) {
-            at.block = 0;
-            do at.row = read_row(batch, ++at.request);
-            while (at.row.units == 0);
-        }
+        if (++at.block < batch.blocks) continue;
+        at.block = 0;
+        if (++at.head < batch.kv_heads) continue;
+        at.head = 0;
+        do at.row = read_row(batch, ++at.request);
+        while (at.row.units == 0);
     }
 }
