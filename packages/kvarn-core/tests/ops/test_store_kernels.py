@@ -212,7 +212,7 @@ def test_a_record_does_not_depend_on_how_its_rows_came(target: Target) -> None:
 @pytest.mark.parametrize("most", [1, 3, 200])
 def test_rows_without_tokens_do_nothing(new: int, length: int, most: int, target: Target) -> None:
     paging = allocate(SMALL, [200], seed=7, fill=FILL)
-    cache = paging.cache.to(target[1])
+    cache = paging.cache.clone().to(target[1])
     table = torch.full_like(paging.page_table, 10**6).to(target[1])  # is not read
     key, value = (x.to(target[1]) for x in _rows(3))
     lens, starts = (
@@ -251,7 +251,7 @@ def test_slices_of_larger_tensors(dtype: torch.dtype, target: Target) -> None:
     key, value = (fused[:, i * 128 : (i + 1) * 128].unflatten(1, (2, 64)) for i in (1, 2))
     value = value.contiguous()  # another stride than that of the keys
     paging = allocate(SMALL, [total], seed=10, fill=FILL)
-    cache = paging.cache.to(target[1])
+    cache = paging.cache.clone().to(target[1])
     wide = torch.full((3, paging.page_table.shape[1] + 5), 10**6, dtype=torch.int32)
     wide[1, 3:-2] = paging.page_table[0]
     table = wide.to(target[1])[1:2, 3:-2]
