@@ -87,6 +87,7 @@ def assert_same_cache(
 ) -> None:
     """Check records by what they may differ in, everything else by its bits."""
     layout, want = paging.layout, paging.cache
+    pairs, tiles = [], []  # records that differ, and what both encoded
     for request, row in enumerate(paging.page_table.tolist()):
         pages = row[layout.header_columns : layout.columns(paging.capacities[request])]
         exact = [exact_rows(x, layout).transpose(0, 1) for x in rows[request]]  # [Hkv, n, D]
@@ -94,10 +95,14 @@ def assert_same_cache(
             page, tokens = pages[tile], slice(tile * layout.group, (tile + 1) * layout.group)
             differs = (got[page] != want[page]).any(1)
             if differs.any():
-                tiles = [x[differs, tokens] for x in exact]
-                two = got[page, differs], want[page, differs]
-                assert_equivalent_records(*two, *tiles, layout, recipe)
+                pairs.append((got[page, differs], want[page, differs]))
+                tiles.append([x[differs, tokens] for x in exact])
                 got[page] = want[page]
+    if pairs:
+        records, encoded = (
+            [torch.cat(x) for x in zip(*found, strict=True)] for found in (pairs, tiles)
+        )
+        assert_equivalent_records(*records, *encoded, layout, recipe)
     assert_same_bits(got, want)
 
 

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 HALVES = {"key": (0, 3), "value": (4, 5)}  # codes and column factors among `naive.fields`
 MOST_UNITS = 20  # 1 % of a factor
-EDGE = 2e-3  # codes; scale and zero of a row may differ by a unit of fp16
+UNIT = 2.0**-10  # of fp16, relative, at most
 
 
 def sizes(layout: RecordLayout) -> dict[str, int]:
@@ -40,12 +40,13 @@ def assert_equivalent_records(
 ) -> None:
     """Check that records of two encoders are equally good and almost everywhere equal.
 
-    Of the codes 99.8 % are equal, and where factors are equal they differ by at most 1. The squared
-    error of each tile is the same within 0.1 %. Column factors of recipe `kvarn` are within 1 unit
-    in the last place of fp16 for 90 % and 1 % for the others, where a code on the edge fell to the
-    other side before the last refit. If such a code is worth more, the factor is that far off,
-    within 1 %. Factors of `paper` are within 2 units always, up to a common factor, because it may
-    stop at an equally good pass.
+    Of the codes 99.8 % are equal, and where factors are equal they differ by at most 1. Column
+    factors of recipe `kvarn` are within 1 unit in the last place of fp16 for 90 % and 1 % for the
+    others, where a code on the edge fell to the other side before the last refit. If such a code is
+    worth more, the factor is that far off, within 1 %. Factors of `paper` are within 2 units
+    always, up to a common factor, because it may stop at an equally good pass. The squared error of
+    each tile is the same within 0.1 %, or 0.2 % if a factor is more than 1 unit off: rows that have
+    their extremes in its column get other ranges.
 
     Parameters
     ----------
@@ -85,13 +86,16 @@ def assert_equivalent_records(
         _assert_share(name, "codes", np.stack(steps), 0, 0.998)
         for i, tile in enumerate((key, value)[half].cpu().numpy()):
             errors = [float(np.square(x[i][half] - tile).sum()) for x in decoded]
+            part = 2e-3 if ulps[i].max() > 1 else 1e-3
             # what is lost by rounding a scale to fp16 is an error as well, if the only one
-            slack = 1e-3 * errors[1] + 2.0**-22 * float(np.square(tile.astype(np.float64)).sum())
+            slack = part * errors[1] + 2.0**-22 * float(np.square(tile.astype(np.float64)).sum())
             assert abs(errors[0] - errors[1]) <= slack, f"{name} {i}: squared errors {errors}"
 
 
 def edge_moves(tile: torch.Tensor, bits: int, recipe: Recipe) -> Array:
     """Relative change of column factors if one code falls to the other side of its edge.
+
+    A code is on an edge if one unit of fp16 in its scale, its zero and its factor can move it over.
 
     Parameters
     ----------
@@ -114,9 +118,10 @@ def edge_moves(tile: torch.Tensor, bits: int, recipe: Recipe) -> Array:
         codes, scale, zero = reference.choose_codes(y, bits, recipe)
         decoded = reference.decoded_rows(codes, scale, zero)
         factor = reference.refit_factor(y, decoded, factor)
-    step = scale.float()[:, :, None]
-    place = (y - zero.float()[:, :, None]) / step
-    edges = ((place - place.floor() - 0.5).abs() < EDGE) & (place > 0) & (place < 2**bits - 1)
+    step, zero = scale.float()[:, :, None], zero.float()[:, :, None]
+    place = (y - zero) / step
+    units = UNIT * (zero.abs() + codes * step + y.abs()) / step
+    edges = ((place - place.floor() - 0.5).abs() < units) & (place > 0) & (place < 2**bits - 1)
     step = torch.where(place > codes, step, -step)
     product, energy = (y * decoded).sum(1, True), decoded.square().sum(1, True)
     other = (product + y * step) / (energy + 2 * decoded * step + step.square())
