@@ -23,7 +23,6 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
 HERE = Path(__file__).parent
-ROWS_HEADER = "exact_rows.cuh"
 ROWS_THREADS = 128
 DTYPES = {torch.float16: ("fp16", 0), torch.bfloat16: ("bf16", 1), torch.float32: ("fp32", 2)}
 PLACES = ("pointer",) * 6 + ("i64",) * 4  # tensors and strides that both kernels take
@@ -91,7 +90,7 @@ def seal(
 def rows_variant(layout: RecordLayout, dtype: torch.dtype) -> nvrtc.Variant:
     """The compiled form that writes exact rows, for rows of the model in `dtype`."""
     name, number = DTYPES[dtype]
-    headers = {HEADER_NAME: layout_header(layout), **_own_header()}
+    headers = {HEADER_NAME: layout_header(layout)}
     constants = {"THREADS": ROWS_THREADS, "INPUT": number}
     program = nvrtc.Program("write_rows", HERE / "rows.cu", headers, constants)
     name = f"rows-{layout.preset.name[6:]}-d{layout.head_dim}-{name}"
@@ -101,9 +100,8 @@ def rows_variant(layout: RecordLayout, dtype: torch.dtype) -> nvrtc.Variant:
 def seal_variant(layout: RecordLayout, recipe: Recipe, dtype: torch.dtype) -> nvrtc.Variant:
     """The compiled form that writes records, for rows of the model in `dtype`."""
     name, number = DTYPES[dtype]
-    headers = {**encoder.headers(layout), **_own_header()}
     constants = {**encoder.defines(layout, recipe), "INPUT": number}
-    program = nvrtc.Program("seal", HERE / "seal.cu", headers, constants)
+    program = nvrtc.Program("seal", HERE / "seal.cu", encoder.headers(layout), constants)
     name = f"seal-{layout.preset.name[6:]}-d{layout.head_dim}-{name}-{recipe.name}"
     threads, ctas = encoder.threads_and_ctas(layout)
     arguments = (*PLACES, "i32", "i32", "i32", "i32")
@@ -170,10 +168,6 @@ def _places(
     tensors = key, value, cache, page_table, seq_lens, cu_seqlens_q
     strides = (tensor.stride(0) for tensor in (key, value, cache, page_table))
     return (*(tensor.data_ptr() for tensor in tensors), *strides)
-
-
-def _own_header() -> dict[str, str]:
-    return {ROWS_HEADER: (HERE / ROWS_HEADER).read_text()}
 
 
 @memoize
