@@ -95,7 +95,8 @@ def assert_equivalent_records(
 def edge_moves(tile: torch.Tensor, bits: int, recipe: Recipe) -> Array:
     """Relative change of column factors if one code falls to the other side of its edge.
 
-    A code is on an edge if one unit of fp16 in its scale, its zero and its factor can move it over.
+    A code is on an edge if one unit of fp16 in its scale, its zero and its factor can move it over,
+    or one other code of its row that falls to the other side while a range is fitted.
 
     Parameters
     ----------
@@ -120,8 +121,10 @@ def edge_moves(tile: torch.Tensor, bits: int, recipe: Recipe) -> Array:
         factor = reference.refit_factor(y, decoded, factor)
     step, zero = scale.float()[:, :, None], zero.float()[:, :, None]
     place = (y - zero) / step
-    units = UNIT * (zero.abs() + codes * step + y.abs()) / step
-    edges = ((place - place.floor() - 0.5).abs() < units) & (place > 0) & (place < 2**bits - 1)
+    reach = UNIT * (zero.abs() + codes * step + y.abs()) / step
+    if bits == 2 and recipe.range_refits:
+        reach = reach + (codes - 1.5).abs() / tile.shape[2]
+    edges = ((place - place.floor() - 0.5).abs() < reach) & (place > 0) & (place < 2**bits - 1)
     step = torch.where(place > codes, step, -step)
     product, energy = (y * decoded).sum(1, True), decoded.square().sum(1, True)
     other = (product + y * step) / (energy + 2 * decoded * step + step.square())
