@@ -6,8 +6,9 @@ emulator.
 
 from __future__ import annotations
 
+import dataclasses
 import random
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
@@ -28,6 +29,10 @@ from kvarn_core.spec import PRESETS, Recipe
 from kvarn_core.testing.compare import assert_same_bits
 from kvarn_core.testing.inputs import draw
 from kvarn_core.testing.paging import NULL_PAGE, allocate
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from pathlib import Path
 
 SMALL = RecordLayout(PRESETS["kvarn_k4v2_g64"], 64)
 G = SMALL.group
@@ -61,13 +66,23 @@ def target(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> T
         if torch.cuda.get_device_capability() != nvrtc.CAPABILITY:
             pytest.skip("needs a GPU of compute capability 9.0")
         return "cuda", torch.device("cuda", 0)
+    return _emulate(monkeypatch)
+
+
+def _emulate(
+    monkeypatch: pytest.MonkeyPatch, change: Callable[[nvrtc.Program], nvrtc.Program] | None = None
+) -> Target:
+    """Engine cuda in the emulator, with changed sources if asked for."""
     pytest.importorskip("ziglang", reason="builds C++ for the CPU; the package ziglang is missing")
     monkeypatch.setattr("kvarn_core.dispatch._cuda_obstacle", lambda device: None)
     for name in ("rows", "seal"):
         variant = getattr(cuda, f"{name}_variant")
 
         def kernel(*shape: Any, variant: Any = variant) -> EmulatedKernel:
-            return EmulatedKernel(variant(*shape[:-1]))
+            found = variant(*shape[:-1])  # without the device
+            if change:
+                found = dataclasses.replace(found, program=change(found.program))
+            return EmulatedKernel(found)
 
         monkeypatch.setattr(cuda, f"_{name}_kernel", kernel)
     return "cuda", torch.device("cpu")
@@ -280,3 +295,39 @@ def test_strides_that_kernels_cannot_read_are_refused(target: Target) -> None:
         append(key, wide[..., :64], cache, table, *where, **common)
     with pytest.raises(ValueError, match=r"Pass contiguous pages at multiples of 16 bytes\.$"):
         seal(key, value, padded.to(target[1])[..., :-8], table, *where, **common)
+
+
+@pytest.mark.emulate
+@pytest.mark.parametrize(
+    ("file", "right", "wrong"),
+    [
+        ("rows.cu", "page != 0", "page >= 0"),
+        ("exact_rows.cuh", "(row & 7)", "(row & 3)"),
+        ("seal.cu", "deadline >= r.length", "deadline > r.length"),
+        ("encode.cuh", "i < RANGE_REFITS", "i < RANGE_REFITS - 1"),
+    ],
+)
+def test_a_slip_in_the_source_is_found(
+    file: str, right: str, wrong: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    def change(program: nvrtc.Program) -> nvrtc.Program:
+        texts = program.texts()
+        source = tmp_path / program.source.name
+        source.write_text(program.source.read_text())
+        if file in texts:
+            assert texts[file].count(right) == 1
+            texts[file] = texts[file].replace(right, wrong)
+        elif file == source.name:
+            assert source.read_text().count(right) == 1
+            source.write_text(source.read_text().replace(right, wrong))
+        return dataclasses.replace(program, source=source, headers=texts)
+
+    rows = [_rows(3 * G)]
+    paging = allocate(SMALL, [3 * G], sink=False, seed=15, fill=FILL)
+    ring_page = int(paging.page_table[0, RING_COLUMN])
+    total = 2 * G + seal_phase(ring_page, 0, 1, is_value=True, group=G)  # one token is missing
+    untouched = dataclasses.replace(paging, cache=paging.cache.clone())
+    step(paging, rows, [total], [total], *_emulate(monkeypatch))
+    target = _emulate(monkeypatch, change)
+    with pytest.raises(AssertionError):
+        step(untouched, rows, [total], [total], *target)
