@@ -10,6 +10,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,7 @@ pytestmark = [
 FIRST_PACKED = 256  # position of the first query that reads a record
 WRONG = 1  # of 24 answers; an exact cache gets all of these right
 NEAR_TIE = 0.2  # nat
+SECONDS = 240  # one engine
 MOVED, APART = 0.25, 0.5  # shares of the distance that quantisation moves a distribution
 RUNNERS = {"v1": "vllm.v1.worker.gpu_model_runner", "v2": "vllm.v1.worker.gpu.model_runner"}
 
@@ -42,12 +44,19 @@ def serve(runner: str, gpus: str, folder: Path, name: str) -> tuple[dict[str, An
         "VLLM_WORKER_MULTIPROC_METHOD": "spawn",
         "VLLM_USE_FLASHINFER_SAMPLER": "0",
         "HF_HUB_OFFLINE": "1",
-        "VLLM_CACHE_ROOT": str(out.with_suffix(".cache")),
+        "VLLM_CACHE_ROOT": str(folder / f"cache-{runner}-{len(gpus)}"),  # a repeat reuses it
     }
     script = str(Path(__file__).with_name("serve_parallel.py"))
     command = [sys.executable, script, str(len(gpus.split(","))), str(out)]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, f"{out.stem} failed:\n{(done.stdout + done.stderr)[-8000:]}"
+    began, log = time.monotonic(), out.with_suffix(".log")
+    try:
+        with log.open("w") as sink:
+            subprocess.run(
+                command, env=environment, stdout=sink, stderr=sink, timeout=SECONDS, check=True
+            )
+    except (subprocess.CalledProcessError, subprocess.TimeoutExpired) as error:
+        pytest.fail(f"{error}; its log ends with:\n{log.read_text()[-8000:]}")
+    print(f"{out.stem}: {time.monotonic() - began:.0f} s", flush=True)
     rows = np.load(out.with_suffix(".npz"))
     return json.loads(out.read_text(encoding="utf-8")), [rows[name] for name in rows.files]
 
