@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from serve import MODEL, PARALLEL, PRESET, Engine, Watch
 
+from kvarn_eval.fidelity import ARMS, DEFAULT_PRESET, load_model, pseudo_decode
 from kvarn_eval.small_model import tasks, tokenizer
 
 SETTINGS: dict[str, Any] = {
@@ -42,6 +43,13 @@ def problem(seed: int, draw: random.Random) -> tasks.Item:
 def rows(text: str) -> set[str]:
     """Rows ``qB:417`` of a table or an answer."""
     return set(re.findall(r"[a-zA-Z]{2}:\d{3}", text))
+
+
+def solves(model: Any, item: tasks.Item) -> bool:
+    """Whether the model, in plain torch with its cache in fp16, gives the item's answer."""
+    prompt, answer = tokenizer.encode(item.prompt), [*tokenizer.encode(item.answer), tokenizer.EOS]
+    rows = pseudo_decode(model, [*prompt, *answer], ARMS["fp16"], DEFAULT_PRESET)
+    return rows.argmax(-1)[len(prompt) - 1 : -1].tolist() == answer
 
 
 class Soak:
@@ -101,6 +109,14 @@ class Soak:
             self.step()
         self.engine.drain()
 
+    def wrong(self) -> list[str]:
+        """Requests answered wrongly that the model answers rightly with an exact cache."""
+        names = [name for name, text in self.answers.items() if text != self.items[name].answer]
+        model = load_model(MODEL, "plain")
+        items = {self.items[name].prompt: self.items[name] for name in names}
+        solved = {prompt for prompt, item in items.items() if solves(model, item)}
+        return [name for name in names if self.items[name].prompt in solved]
+
     def foreign(self) -> list[str]:
         """Requests whose answer lists two or more rows of one other table."""
         tables = {name: rows(item.prompt) for name, item in self.items.items()}
@@ -142,11 +158,10 @@ def main() -> None:
         [now - then for then, now in zip(*pair, strict=True)]
         for pair in zip(before, after, strict=True)
     ]
-    wrong = [name for name, text in soak.answers.items() if text != soak.items[name].answer]
     report = {
         "answered": len(soak.answers),
         "aborted": len(soak.aborted),
-        "wrong": len(wrong),
+        "wrong": len(soak.wrong()),
         "foreign": soak.foreign(),
         "hits": soak.hits,
         "preemptions": engine.preemptions,
