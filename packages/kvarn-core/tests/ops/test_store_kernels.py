@@ -160,6 +160,23 @@ def test_random_steps_of_a_batch_have_the_bytes_of_the_reference(seed: int, targ
             step(paging, rows, lengths, news, *target, layer=rng.randrange(40))
 
 
+def test_one_prefill_among_many_decode_rows(target: Target) -> None:
+    """More requests than lanes of a warp; some idle, some padded; work at both ends."""
+    count = 36
+    lengths = [G + 1 + 7 * i % G for i in range(count)]
+    news = [(1, 0, 1, 3)[i % 4] for i in range(count)]
+    news[0], news[20], news[35] = G + 1, 2 * G, G
+    lengths[0], lengths[20], lengths[35], lengths[13] = 2 * G, 3 * G - 5, 2 * G + 9, 0
+    rows = [_rows(max(n, 1), seed=i % 3, heads=1) for i, n in enumerate(lengths)]
+    paging = allocate(SMALL, [max(n, 1) for n in lengths], num_kv_heads=1, seed=16, fill=FILL)
+    before = [n - q if n else 0 for n, q in zip(lengths, news, strict=True)]
+    store(paging, rows, before, before, "reference", target[1], layer=8)
+    sealed_before = [sealed(paging, i) for i in range(count)]
+    step(paging, rows, lengths, news, *target, layer=8)
+    changed = {i for i in range(count) if sealed(paging, i) != sealed_before[i]}
+    assert changed == {0, 20, 27, 32, 34, 35}
+
+
 @pytest.mark.parametrize("hits", [0, 2])
 def test_every_decode_position_seals_what_is_due(hits: int, target: Target) -> None:
     """All phases: K and V of three heads have their deadlines somewhere in a group of steps."""
@@ -260,9 +277,9 @@ def test_hits_are_a_count_and_the_sink_a_page(target: Target) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 def test_slices_of_larger_tensors(dtype: torch.dtype, target: Target) -> None:
-    """Rows of a fused projection; tables and lengths at addresses that are no multiple of 16."""
+    """Rows of a fused projection, the first ones of another request; unaligned tables, lengths."""
     total = 2 * G
-    fused = draw("gaussian", (total, 3 * 2 * 64), seed=10, dtype=dtype).to(target[1])
+    fused = draw("gaussian", (G + total, 3 * 2 * 64), seed=10, dtype=dtype).to(target[1])
     key, value = (fused[:, i * 128 : (i + 1) * 128].unflatten(1, (2, 64)) for i in (1, 2))
     value = value.contiguous()  # another stride than that of the keys
     paging = allocate(SMALL, [total], seed=10, fill=FILL)
@@ -270,11 +287,11 @@ def test_slices_of_larger_tensors(dtype: torch.dtype, target: Target) -> None:
     wide = torch.full((3, paging.page_table.shape[1] + 5), 10**6, dtype=torch.int32)
     wide[1, 3:-2] = paging.page_table[0]
     table = wide.to(target[1])[1:2, 3:-2]
-    numbers = torch.tensor([9, total, 9, 0, total], dtype=torch.int32, device=target[1])
+    numbers = torch.tensor([9, total, 9, G, G + total], dtype=torch.int32, device=target[1])
     where = (key, value, cache, table, numbers[1:2], numbers[3:5])
     for op in (write_sink, seal, append):
         op(*where, layout=SMALL, max_query_len=total + 50, engine=target[0])
-    rows = [(key.cpu(), value.cpu())]
+    rows = [(key[G:].cpu(), value[G:].cpu())]
     store(paging, rows, [total], [total], "reference", target[1])
     assert_same_cache(cache.cpu(), paging, rows)
 

@@ -2,7 +2,8 @@
 
 Two kernels: `write_rows` for the ring and the sink, `seal` with the encoder of `ops.quantize`. What
 distinguishes a decode step from a prefill is a run-time argument, so a model needs one form of
-each. Grids follow from the batch, the largest number of new tokens and the heads.
+each. Grids follow from the batch, the new tokens and the heads; a prefill among many decode rows
+does not multiply them.
 """
 
 from __future__ import annotations
@@ -79,12 +80,12 @@ def seal(
     batch, heads = len(seq_lens), cache.shape[1]
     if batch == 0 or max_query_len == 0:
         return
-    slots = -(-max_query_len // layout.group)
-    every_head = max_query_len > 1  # one new token is the deadline of at most one head in G
-    columns = heads if every_head else -(-heads // layout.group)
+    one_new = max_query_len == 1  # the deadline of at most one head in G
+    slots = batch if one_new else len(key) // layout.group + batch
+    columns = -(-heads // layout.group) if one_new else heads
     places = _places(key, value, cache, page_table, seq_lens, cu_seqlens_q)
     kernel = _seal_kernel(layout, recipe, key.dtype, cache.device)
-    kernel.launch((batch * slots, columns, 2), *places, slots, heads, layer, every_head)
+    kernel.launch((slots, columns, 2), *places, batch, heads, layer, one_new)
 
 
 def rows_variant(layout: RecordLayout, dtype: torch.dtype) -> nvrtc.Variant:

@@ -46,22 +46,39 @@ DEVICE void load_tile(u16* tile, const Element* rows, long long row_stride, cons
     }
 }
 
-// The first arguments are those of write_rows. Grid: requests x slots, columns, K and V. Slot i of a
-// request is the deadline of a head that is the i-th among the new tokens. A column is a head, or,
-// if each request has one new token (`every_head` is 0), the one head among G whose deadline it is.
+// Slots of requests follow each other: request i has those from starts[i] / G + i on, at least one
+// per G new tokens that it begins. -1 if the slot is before the first request.
+DEVICE int request_of_slot(int slot, const int* starts, int batch) {
+    int found = 0;
+    for (int i = threadIdx.x % 32, full = 1; full && found < batch; i += 32) {
+        const u32 before = __ballot_sync(ALL_LANES, i < batch && starts[i] / G + i <= slot);
+        found += __popc(before);
+        full = before == ALL_LANES;
+    }
+    return found - 1;
+}
+
+// The first arguments are those of write_rows. Grid: slots, columns, K and V. Slot n of a request is
+// the n-th deadline of a head among the new tokens, and a column is a head. If each request has one
+// new token (`one_new`), requests are slots, and a column is the one head among G whose deadline it is.
 KERNEL void __launch_bounds__(THREADS, CTAS)
 seal(const Element* key, const Element* value, u8* cache, const int* table, const int* lens,
      const int* starts, long long key_stride, long long value_stride, long long page_stride,
-     long long table_stride, int slots, int heads, int layer, int every_head) {
+     long long table_stride, int batch, int heads, int layer, int one_new) {
     DYNAMIC_SHARED(shared);
-    const int index = int(blockIdx.x) / slots, slot = int(blockIdx.x) % slots;
+    int index = int(blockIdx.x), slot = 0;
+    if (!one_new) {
+        index = request_of_slot(int(blockIdx.x), starts, batch);
+        if (index < 0) return;
+        slot = int(blockIdx.x) - (starts[index] / G + index);
+    }
     const int is_value = int(blockIdx.z);
     Request r;
     if (!read_request(r, index, table, table_stride, lens, starts)) return;
     // layout.seal_phase of head 0; head i adds 13 i. 69 * 13 = 1 modulo 64 and 128
     const int phase = 29 * r.table[RING_COLUMN] + 37 * layer + G / 2 * is_value;
     int head = int(blockIdx.y);
-    if (!every_head) head = head * G + (69 * (r.first - phase) & (G - 1));
+    if (one_new) head = head * G + (69 * (r.first - phase) & (G - 1));
     const int deadline = r.first + ((phase + 13 * head - r.first) & (G - 1)) + slot * G;
     const int tile = deadline / G - 1;
     if (head >= heads || deadline >= r.length || tile < r.table[HIT_COLUMN]) return;
