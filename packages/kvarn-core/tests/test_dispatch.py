@@ -91,7 +91,7 @@ def test_hopper_runs_cuda_when_asked_for(capability: None, monkeypatch: pytest.M
     assert select(GPU, LAYOUT, "cuda") == "triton"  # an operation without such a kernel
     assert explain(GPU, LAYOUT, "cuda") == (
         "The cuda engine runs on cuda:0, as asked for. "
-        "Operations in CUDA C++: decode; Triton runs the others."
+        "Operations in CUDA C++: decode, quantize, store; Triton runs the others."
     )
 
 

@@ -95,8 +95,8 @@ def test_ops_meet_only_in_public_functions(path: Path) -> None:
     op = path.parent.name
     for name in _imports(path):
         parts = name.split(".")
-        if path.stem == "triton" and (
-            parts[:2] == ["kvarn_core", "butterfly"] or parts[3:4] == ["triton"]
+        if path.stem in ("triton", "cuda") and (
+            parts[:2] == ["kvarn_core", "butterfly"] or parts[3:4] == [path.stem]
         ):
             continue  # a kernel may use the device functions of other kernels
         if parts[:2] == ["kvarn_core", "ops"] and parts[2:3] not in ([], [op]):

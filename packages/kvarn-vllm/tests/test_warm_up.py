@@ -91,8 +91,52 @@ STEPS = [
 ]
 
 
+@pytest.fixture
+def in_cuda(launches: set[str], monkeypatch: Any) -> set[str]:
+    """Forms of kernels in CUDA C++ that would be compiled, in a set of their own; nothing runs."""
+    from kvarn_core.ops.decode import cuda as decode
+    from kvarn_core.ops.store import cuda as store
+
+    monkeypatch.setattr("kvarn_core.dispatch._cuda_obstacle", lambda device: None)
+    monkeypatch.setattr(decode, "_processors", lambda device: 132)
+    forms: set[str] = set()
+
+    class Kernel:
+        def __init__(self, name: str) -> None:
+            self.name = name
+
+        def launch(self, grid: tuple[int, int, int], *values: float) -> None:
+            assert min(grid) > 0, f"{self.name} is launched with {grid}"
+            forms.add(self.name)
+
+    for module, kernel, variant in (
+        (decode, "_kernel", decode.variant),
+        (store, "_rows_kernel", store.rows_variant),
+        (store, "_seal_kernel", store.seal_variant),
+    ):
+        monkeypatch.setattr(
+            module, kernel, lambda *shape, variant=variant: Kernel(variant(*shape[:-1]).name)
+        )
+    return forms
+
+
 @pytest.mark.parametrize("preset", ["kvarn_k4v2_g128", "kvarn_k2v2_g64"])
 def test_serving_launches_nothing_new(preset: str, launches: set[str], monkeypatch: Any) -> None:
+    warm = warm_and_serve(preset, "triton", launches, monkeypatch)
+    assert len(warm) >= 8, "the kernels of every op, in their forms"
+
+
+@pytest.mark.parametrize("preset", ["kvarn_k4v2_g128", "kvarn_k2v2_g64"])
+def test_serving_in_cuda_compiles_nothing_new(
+    preset: str, in_cuda: set[str], monkeypatch: Any
+) -> None:
+    warm = warm_and_serve(preset, "cuda", in_cuda, monkeypatch)
+    assert {name.split("-")[0] for name in warm} == {"rows", "seal", "decode"}
+
+
+def warm_and_serve(preset: str, engine: str, launches: set[str], monkeypatch: Any) -> set[str]:
+    """Launches of the warm-up; those of serving must be among them."""
+
     def take(*shapes: tuple[tuple[int, ...], torch.dtype]) -> list[torch.Tensor]:
         return [torch.zeros(shape, dtype=dtype) for shape, dtype in shapes]
 
@@ -100,11 +144,11 @@ def test_serving_launches_nothing_new(preset: str, launches: set[str], monkeypat
     monkeypatch.setattr(workspace, "CONTEXT_TOKENS", 256)
     layout = record_layout(preset, HEAD_DIM)
     scratch = Workspace(layout, Q_HEADS, KV_HEADS, max_requests=32)
-    path = Batched(layout, Recipe.KVARN, 0.125, "triton", NoAttention(), scratch)
+    path = Batched(layout, Recipe.KVARN, 0.125, engine, NoAttention(), scratch)
     path.warm_up(torch.empty(7, Q_HEADS, HEAD_DIM, dtype=torch.float16))
     warm = set(launches)
-    assert len(warm) >= 8, "the kernels of every op, in their forms"
     for layer, columns in ((0, 19), (1, 32), (63, 17)):
         for new, contexts in STEPS:
             serve(path, new, contexts, columns, layer)
     assert launches == warm, launches - warm
+    return warm

@@ -284,3 +284,20 @@ DEVICE float exp2_approx(float x) { return emulated_flush(std::exp2(emulated_flu
 DEVICE float log2_approx(float x) { return std::log2(x); }
 DEVICE float rsqrt_approx(float x) { return 1.0f / std::sqrt(x); }
 DEVICE float rcp_approx(float x) { return 1.0f / x; }
+DEVICE float mul_saturating(float a, float b) {
+    const float y = a * b;
+    return y > 0 ? std::fmin(y, 1.0f) : 0.0f;
+}
+
+// --- extremes over the lanes of a warp -----------------------------------------------------------------
+
+template <bool GREATEST> static inline float emulated_extreme(float x) {
+    if (std::signbit(x)) emulator::machine.fail("a negative value among those of redux");
+    return emulator::machine.warp<float>("redux", x, [](const float* const* in, float* const* out) {
+        float all = *in[0];
+        for (int i = 1; i < 32; i++) all = GREATEST ? std::fmax(all, *in[i]) : std::fmin(all, *in[i]);
+        for (int i = 0; i < 32; i++) *out[i] = all;
+    });
+}
+DEVICE float greatest_of_warp(float x) { return emulated_extreme<true>(x); }
+DEVICE float least_of_warp(float x) { return emulated_extreme<false>(x); }

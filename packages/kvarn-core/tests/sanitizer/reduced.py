@@ -10,6 +10,7 @@ import os
 
 import torch
 
+from kvarn_core import nvrtc
 from kvarn_core.layout import HIT_COLUMN, SINK_COLUMN, RecordLayout
 from kvarn_core.ops.decode import decode
 from kvarn_core.ops.gather import gather, rotate_rows
@@ -29,7 +30,13 @@ NEW = [1, 127, 64, 129, 130, 2]  # new tokens of each request in a step with pre
 DEVICE = torch.device("cpu" if os.environ.get("TRITON_INTERPRET") == "1" else "cuda")
 
 
-def run(layout: RecordLayout, heads: int, ratio: int) -> None:
+def engines() -> list[str]:
+    """Those whose kernels can run here."""
+    hopper = DEVICE.type == "cuda" and torch.cuda.get_device_capability() == nvrtc.CAPABILITY
+    return ["triton", "cuda"] if hopper and not nvrtc.obstacle() else ["triton"]
+
+
+def run(layout: RecordLayout, heads: int, ratio: int, engine: str) -> None:
     """Store, decode and gather one batch."""
     tables, pages = record_tables(layout, LENGTHS)
     tables[0, 4, HIT_COLUMN], tables[0, 5, SINK_COLUMN] = 1, 0
@@ -41,26 +48,27 @@ def run(layout: RecordLayout, heads: int, ratio: int) -> None:
         shape = (sum(news), heads, layout.head_dim)
         key, value = torch.randn(2, *shape, dtype=torch.float16, device=DEVICE).unbind(0)
         where = (key, value, cache, table, lens, starts)
-        write_sink(*where, layout=layout, engine="triton", max_query_len=max(news))
-        seal(*where, layout=layout, engine="triton", layer=1, max_query_len=max(news))
-        append(*where, layout=layout, engine="triton", max_query_len=max(news))
+        write_sink(*where, layout=layout, engine=engine, max_query_len=max(news))
+        seal(*where, layout=layout, engine=engine, layer=1, max_query_len=max(news))
+        append(*where, layout=layout, engine=engine, max_query_len=max(news))
     query = torch.randn(
         len(LENGTHS), heads * ratio, layout.head_dim, dtype=torch.float16, device=DEVICE
     )
-    decode(query, cache, table, lens, layout=layout, sm_scale=0.1, engine="triton")
-    gather(cache, table, lens, lens - 1, layout=layout, engine="triton")
-    rotate_rows(query, engine="triton")
+    decode(query, cache, table, lens, layout=layout, sm_scale=0.1, engine=engine)
+    gather(cache, table, lens, lens - 1, layout=layout, engine=engine)
+    rotate_rows(query, engine=engine)
     tiles = torch.randn(2, 3, layout.group, layout.head_dim, device=DEVICE)
-    quantize(*(exact_rows(tile, layout) for tile in tiles), layout, engine="triton")
+    quantize(*(exact_rows(tile, layout) for tile in tiles), layout, engine=engine)
 
 
 def main() -> None:
     """All shapes."""
-    for preset, dim, heads, ratio in SHAPES:
-        run(RecordLayout(PRESETS[preset], dim), heads, ratio)
-        if DEVICE.type == "cuda":
-            torch.cuda.synchronize()
-        print(preset, dim, flush=True)
+    for engine in engines():
+        for preset, dim, heads, ratio in SHAPES:
+            run(RecordLayout(PRESETS[preset], dim), heads, ratio, engine)
+            if DEVICE.type == "cuda":
+                torch.cuda.synchronize()
+            print(engine, preset, dim, flush=True)
 
 
 if __name__ == "__main__":

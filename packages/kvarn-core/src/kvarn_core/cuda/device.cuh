@@ -179,3 +179,21 @@ DEVICE float rcp_approx(float x) {
     asm("rcp.approx.f32 %0, %1;" : "=f"(y) : "f"(x));
     return y;
 }
+DEVICE float mul_saturating(float a, float b) {  // clamped to 0 .. 1, NaN to 0
+    float y;
+    asm("mul.rn.sat.f32 %0, %1, %2;" : "=f"(y) : "f"(a), "f"(b));
+    return y;
+}
+
+// --- extremes over the lanes of a warp, of values that are not negative ------------------------------
+
+DEVICE float greatest_of_warp(float x) {
+    u32 v;
+    asm volatile("redux.sync.max.u32 %0, %1, 0xffffffff;" : "=r"(v) : "r"(as_bits(x)));
+    return as_float(v);
+}
+DEVICE float least_of_warp(float x) {
+    u32 v;
+    asm volatile("redux.sync.min.u32 %0, %1, 0xffffffff;" : "=r"(v) : "r"(as_bits(x)));
+    return as_float(v);
+}

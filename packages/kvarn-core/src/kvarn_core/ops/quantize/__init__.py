@@ -13,6 +13,8 @@ from kvarn_core.spec import Recipe
 if TYPE_CHECKING:
     from kvarn_core.layout import RecordLayout
 
+KERNELS = ("triton", "cuda")
+
 
 def quantize(
     key: torch.Tensor,
@@ -33,8 +35,8 @@ def quantize(
     recipe : Recipe
         How the encoder chooses factors and ranges; readers do not depend on it.
     engine : str, optional
-        ``reference`` or ``triton``; chosen by `kvarn_core.dispatch` if not given. Engines agree up
-        to the order of sums: almost all codes are equal, and the factors of their columns.
+        ``reference``, ``triton`` or ``cuda``; chosen by `kvarn_core.dispatch` if not given. Engines
+        agree up to the order of sums: almost all codes are equal, and the factors of their columns.
 
     Returns
     -------
@@ -68,8 +70,13 @@ def quantize_key(
 ) -> torch.Tensor:
     """Encode K tiles [N, G, D] into the K part [N, layout.key_bytes], uint8; see `quantize`."""
     _check_tiles("key", key, layout)
-    if select(key.device, layout, engine) == "reference":
+    chosen = select(key.device, layout, engine, kernels=KERNELS)
+    if chosen == "reference":
         return reference.encode_key(key, layout, recipe)
+    if chosen == "cuda":
+        from kvarn_core.ops.quantize import cuda
+
+        return cuda.encode_key(key, layout, recipe)
     from kvarn_core.ops.quantize import triton
 
     return triton.encode_key(key, layout, recipe)
@@ -84,8 +91,13 @@ def quantize_value(
 ) -> torch.Tensor:
     """Encode V tiles [N, G, D] into the V part of records, uint8; see `quantize`."""
     _check_tiles("value", value, layout)
-    if select(value.device, layout, engine) == "reference":
+    chosen = select(value.device, layout, engine, kernels=KERNELS)
+    if chosen == "reference":
         return reference.encode_value(value, layout, recipe)
+    if chosen == "cuda":
+        from kvarn_core.ops.quantize import cuda
+
+        return cuda.encode_value(value, layout, recipe)
     from kvarn_core.ops.quantize import triton
 
     return triton.encode_value(value, layout, recipe)

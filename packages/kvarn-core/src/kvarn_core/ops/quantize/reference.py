@@ -102,7 +102,7 @@ def quantize_rows(
     """Quantise T [N, R, C]: codes uint8 [N, R, C]; fp16 scale and zero [N, R], factor [N, C]."""
     normalise = normalise_relative if recipe.relative else normalise_published
     factor = gauge(tile, normalise(tile, recipe.iterations), bits)
-    factor16 = _stored_factor(factor)
+    factor16 = stored_factor(factor)
     y = tile / (factor16.float() if recipe.relative else factor)[:, None, :]
     codes, scale16, zero16 = choose_codes(y, bits, recipe)
     for _ in range(recipe.factor_refits):
@@ -139,10 +139,11 @@ def refit_factor(y: torch.Tensor, decoded: torch.Tensor, factor16: torch.Tensor)
     """
     energy = decoded.square().sum(1)
     ratio = torch.where(energy > 0, (y * decoded).sum(1) / energy, 1.0).clamp(0.8, 1.25)
-    return _stored_factor(factor16.float() * ratio)
+    return stored_factor(factor16.float() * ratio)
 
 
-def _stored_factor(factor: torch.Tensor) -> torch.Tensor:
+def stored_factor(factor: torch.Tensor) -> torch.Tensor:
+    """Column factors as fp16."""
     return to_fp16(factor).clamp(min=2.0**-14)  # smallest normal: division stays safe
 
 

@@ -18,6 +18,8 @@ if TYPE_CHECKING:
 
     from kvarn_core.layout import RecordLayout
 
+KERNELS = ("triton", "cuda")
+
 
 def write_sink(
     key: torch.Tensor,
@@ -45,13 +47,19 @@ def write_sink(
     """
     _check(key, value, cache, page_table, layout)
     inputs = key, value, cache, page_table, seq_lens, cu_seqlens_q
-    if select(cache.device, layout, engine) == "reference":
+    chosen = select(cache.device, layout, engine, kernels=KERNELS)
+    if chosen == "reference":
         reference.write_sink(*inputs, layout=layout)
         return
-    from kvarn_core.ops.store import triton
-
     most = _check_for_kernels(*inputs, max_query_len)
-    triton.write_sink(*inputs, layout=layout, max_query_len=most)
+    if chosen == "cuda":
+        from kvarn_core.ops.store import cuda
+
+        cuda.write_sink(*inputs, layout=layout, max_query_len=most)
+    else:
+        from kvarn_core.ops.store import triton
+
+        triton.write_sink(*inputs, layout=layout, max_query_len=most)
 
 
 def seal(
@@ -96,7 +104,7 @@ def seal(
         At least the largest number of new tokens of a request; sizes the launch of a kernel.
         Computed on the host if not given.
     engine : str, optional
-        ``reference`` or ``triton``; chosen by `kvarn_core.dispatch` if not given.
+        ``reference``, ``triton`` or ``cuda``; chosen by `kvarn_core.dispatch` if not given.
 
     Raises
     ------
@@ -114,13 +122,19 @@ def seal(
     """
     _check(key, value, cache, page_table, layout)
     inputs = key, value, cache, page_table, seq_lens, cu_seqlens_q
-    if select(cache.device, layout, engine) == "reference":
+    chosen = select(cache.device, layout, engine, kernels=KERNELS)
+    if chosen == "reference":
         reference.seal(*inputs, layout=layout, recipe=recipe, layer=layer)
         return
-    from kvarn_core.ops.store import triton
-
     most = _check_for_kernels(*inputs, max_query_len)
-    triton.seal(*inputs, layout=layout, recipe=recipe, layer=layer, max_query_len=most)
+    if chosen == "cuda":
+        from kvarn_core.ops.store import cuda
+
+        cuda.seal(*inputs, layout=layout, recipe=recipe, layer=layer, max_query_len=most)
+    else:
+        from kvarn_core.ops.store import triton
+
+        triton.seal(*inputs, layout=layout, recipe=recipe, layer=layer, max_query_len=most)
 
 
 def append(
@@ -154,13 +168,19 @@ def append(
     """
     _check(key, value, cache, page_table, layout)
     inputs = key, value, cache, page_table, seq_lens, cu_seqlens_q
-    if select(cache.device, layout, engine) == "reference":
+    chosen = select(cache.device, layout, engine, kernels=KERNELS)
+    if chosen == "reference":
         reference.append(*inputs, layout=layout)
         return
-    from kvarn_core.ops.store import triton
-
     most = _check_for_kernels(*inputs, max_query_len)
-    triton.append(*inputs, layout=layout, max_query_len=most)
+    if chosen == "cuda":
+        from kvarn_core.ops.store import cuda
+
+        cuda.append(*inputs, layout=layout, max_query_len=most)
+    else:
+        from kvarn_core.ops.store import triton
+
+        triton.append(*inputs, layout=layout, max_query_len=most)
 
 
 def _check(
