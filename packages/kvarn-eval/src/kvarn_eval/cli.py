@@ -1,4 +1,4 @@
-"""Command line: ``kvarn-eval demo | fidelity | throughput | solve | train | report``.
+"""Command line: ``kvarn-eval demo | fidelity | throughput | solve | train | report | compare``.
 
 Exit status: 0 all required gates pass, 1 one fails, 2 wrong usage, 3 the evidence does not decide.
 """
@@ -22,6 +22,7 @@ from rich.progress import (
     TimeElapsedColumn,
 )
 
+from kvarn_eval import cli_compare
 from kvarn_eval import report as reports
 from kvarn_eval.schema import Run
 
@@ -321,3 +322,7 @@ def report(
     )
     console.print(reports.headline(run), markup=False, soft_wrap=True)
     raise typer.Exit(run.verdict.exit_code)
+
+
+app.command()(cli_compare.compare)
+app.command()(cli_compare.baseline)
