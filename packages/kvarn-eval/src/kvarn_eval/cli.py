@@ -255,8 +255,11 @@ def solve(
     prompt_tokens: Annotated[int, typer.Option(help="Tokens per prompt.")] = 1536,
     questions: Annotated[int, typer.Option(help="Queries or steps per problem.")] = 32,
     rewrites: Annotated[float, typer.Option(help="Share of rows that rewrite a name.")] = 0.9,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the counts as JSON.")] = False,
 ) -> None:
     """Solve held-out problems with an exact cache, without a server; print the accuracy."""
+    import json
+
     from kvarn_eval.small_model.evaluate import exact_match
     from kvarn_eval.small_model.model import SmallModel
     from kvarn_eval.small_model.tasks import FAMILIES, make_item
@@ -277,7 +280,9 @@ def solve(
             )
             right += sum(exact_match(weights, [item]))
             progress(f"{family}, {right} right", seed + 1, items)
-    sys.stdout.write(f"{family}: {right} of {items} right ({100 * right / items:.1f} %)\n")
+    text = f"{family}: {right} of {items} right ({100 * right / items:.1f} %)"
+    counts = {"family": family, "items": items, "right": right}
+    sys.stdout.write((json.dumps(counts) if as_json else text) + "\n")
 
 
 @app.command()

@@ -35,9 +35,11 @@ def table(comparison: Comparison) -> Table:
     shown = Table(title=headline(comparison), title_justify="left")
     for column in COLUMNS:
         right = column in {"base", "head", "value", "limit"}
-        shown.add_column(column, justify="right" if right else "left")
+        shown.add_column(column, justify="right" if right else "left", no_wrap=column != "reason")
     for change in comparison.changes:
-        shown.add_row(*_cells(change), style=STYLES[change.verdict] if change.required else None)
+        *cells, reason = _cells(change)
+        told = "" if change.verdict is Verdict.PASS else reason
+        shown.add_row(*cells, told, style=STYLES[change.verdict] if change.required else None)
     return shown
 
 
@@ -48,6 +50,7 @@ def markdown(comparison: Comparison) -> str:
     lines += [f"- {difference}" for difference in comparison.differences]
     lines += ["", "| " + " | ".join(COLUMNS) + " |", "|" + " --- |" * len(COLUMNS)]
     lines += ["| " + " | ".join(_cells(change)) + " |" for change in comparison.changes]
+    lines += ["", "Verdicts in parentheses decide nothing: controls, and what is only reported."]
     lines += ["", "```", " ".join(comparison.command), "```", ""]
     return "\n".join(lines)
 
@@ -86,7 +89,7 @@ def _cells(change: Change) -> list[str]:
         change.arm,
         _value(change.base, change.unit),
         _value(change.head, change.unit),
-        change.verdict.value + ("" if change.required else " (not required)"),
+        change.verdict.value if change.required else f"({change.verdict.value})",
         format_number(factor * change.value) + unit,
         format_number(factor * change.limit) + unit,
         change.reason,
