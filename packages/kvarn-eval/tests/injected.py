@@ -49,8 +49,10 @@ def write(
     return path
 
 
-def write_answers(path: Path, right: dict[str, list[tuple[str, int, bool]]]) -> Path:
-    """Write a result of answers, by arm, and the answers beside it."""
+def write_answers(
+    path: Path, right: dict[str, list[tuple[str, int, bool]]], *, keep: bool = True
+) -> Path:
+    """Write a result of answers, by arm, and the answers beside it unless they are not kept."""
     from kvarn_eval.schema import Arm, Model, Run, Unit, describe_run, measure
 
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -60,7 +62,8 @@ def write_answers(path: Path, right: dict[str, list[tuple[str, int, bool]]]) -> 
         lines = [json.dumps({"family": f, "seed": s, "right": r}) for f, s, r in answers]
         (path.parent / raw).write_text("\n".join(lines) + "\n", encoding="utf-8")
         share = sum(r for *_, r in answers) / len(answers)
-        measurements.append(measure("accuracy", arm, Unit.SHARE, share, better="higher", raw=raw))
+        kept = {"raw": raw} if keep else {}
+        measurements.append(measure("accuracy", arm, Unit.SHARE, share, better="higher", **kept))
     header = describe_run("tasks", "0" * 64, Model(name="m", weights_sha256=None, dtype="float16"))
     dtypes = {"fp16": "auto", "kvarn": OURS}
     Run.model_validate(

@@ -193,3 +193,14 @@ def test_two_sides_without_anything_that_decides_are_undecided(tmp_path: Path) -
 
     paths = [write(tmp_path / f"{side}.json", controls_only) for side in ("base", "head")]
     assert sides(*paths).verdict is Verdict.INCONCLUSIVE
+
+
+def test_accuracy_without_answers_is_undecided(tmp_path: Path) -> None:
+    answers = {"kvarn": [("recall", seed, True) for seed in range(9)]}
+    paths = [
+        write_answers(tmp_path / side / "result.json", answers, keep=False)
+        for side in ("base", "head")
+    ]
+    found = sides(*paths)
+    assert found.verdict is Verdict.INCONCLUSIVE
+    assert "no answers were kept" in found.changes[0].reason

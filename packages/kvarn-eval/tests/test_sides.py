@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from kvarn_eval.compare import compare
-from kvarn_eval.sides import Document, pool
+from kvarn_eval.schema import Unit, measure
+from kvarn_eval.sides import Document, family_of, is_accuracy, pool
 
 sys.path.insert(0, str(Path(__file__).parent))
 from injected import OURS, RECORDED, RESULTS, write, write_answers
@@ -162,3 +163,22 @@ def test_the_recorded_run_is_ours_and_clean() -> None:
     run = Document.load(RECORDED).run
     assert not run.git.dirty
     assert OURS in run.arms
+
+
+@pytest.mark.parametrize(
+    ("name", "unit", "accuracy", "family"),
+    [
+        ("accuracy", Unit.SHARE, True, ""),
+        ("accuracy.recall", Unit.SHARE, True, "recall"),
+        ("plain.accuracy", Unit.SHARE, True, ""),
+        ("large.accuracy.arith", Unit.SHARE, True, "arith"),
+        ("accuracy", Unit.COUNT, False, ""),
+        ("top1", Unit.SHARE, False, ""),
+    ],
+)
+def test_accuracies_are_found_by_their_names(
+    name: str, unit: Unit, accuracy: bool, family: str
+) -> None:
+    measurement = measure(name, "kvarn", unit, 1.0)
+    assert is_accuracy(measurement) is accuracy
+    assert family_of(measurement) == family

@@ -312,16 +312,30 @@ def train(
 @app.command()
 def report(
     result: Annotated[Path, typer.Argument(help="result.json of an earlier run.", exists=True)],
+    others: Annotated[
+        list[Path] | None,
+        typer.Option(
+            "--with", help="Result of the same machine and model, for pareto.svg.", exists=True
+        ),
+    ] = None,
     out: Annotated[Path | None, typer.Option(help="Folder; that of the result by default.")] = None,
+    as_json: JsonOption = False,
 ) -> None:
     """Render an earlier result again; exits with its verdict."""
-    try:
-        run = Run.load(result)
-    except ValueError as error:
-        _fail_usage(f"{result} is not a result of this version: {error}")
-    folder = out or result.parent
+    runs = []
+    for path in (result, *(others or [])):
+        try:
+            runs.append(Run.load(path))
+        except ValueError as error:
+            _fail_usage(f"{path} is not a result of this version: {error}")
+    run, folder = runs[0], out or result.parent
     folder.mkdir(parents=True, exist_ok=True)
-    files = reports.render(run, folder)
+    try:
+        files = reports.render(run, folder, runs[1:])
+    except ValueError as error:
+        _fail_usage(str(error))
+    if as_json:
+        sys.stdout.write(run.model_dump_json(indent=1) + "\n")
     console.print(
         f"Written: {', '.join(str(file) for file in files)}", markup=False, soft_wrap=True
     )

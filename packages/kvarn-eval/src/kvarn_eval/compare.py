@@ -14,7 +14,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from kvarn_eval.schema import Arm, Measurement, Strict, Unit, Verdict
-from kvarn_eval.sides import Pool, Side, check_same_subject, differences, is_ours
+from kvarn_eval.sides import (
+    Pool,
+    Side,
+    check_same_subject,
+    differences,
+    family_of,
+    is_accuracy,
+    is_ours,
+)
 from kvarn_eval.stats import mcnemar, non_inferiority, speed_change
 
 if TYPE_CHECKING:
@@ -135,11 +143,7 @@ def compare(base: Pool, head: Pool, margin: float | None = None) -> Comparison:
         *doubt(speed),
         *(change for pair in pairs if (change := compare_size(pair, found))),
         *(change for pair in pairs if (change := compare_kld(pair))),
-        *(
-            compare_accuracy(pair, base, head, margin)
-            for pair in pairs
-            if pair.base.unit is Unit.SHARE and pair.base.name.partition(".")[0] == "accuracy"
-        ),
+        *(compare_accuracy(pair, base, head, margin) for pair in pairs if is_accuracy(pair.base)),
     ]
     return Comparison(
         suite=base.first.suite,
@@ -238,11 +242,18 @@ def compare_kld(pair: Pair) -> Change | None:
 
 def compare_accuracy(pair: Pair, base: Pool, head: Pool, margin: float) -> Change:
     """Paired non-inferiority over the same problems; families are reported, the pool decides."""
+    family, rule = family_of(pair.base), "lower 95 % bound of the difference > limit"
+    limit = FAMILY_MARGIN if family else margin
+    required = pair.ours and not family
+    if pair.base.raw is None or pair.head.raw is None:
+        loss = pair.head.median - pair.base.median
+        reason = f"{100 * loss:+.1f} points; no answers were kept to pair"
+        return pair.change(
+            Verdict.INCONCLUSIVE, reason, rule=rule, value=loss, limit=-limit, required=required
+        )
     old, new = base.right(pair.base.key), head.right(pair.base.key)
     if old.keys() != new.keys():
         raise ValueError(f"The sides answered different problems ({pair.base.key}).")
-    family = pair.base.name.partition(".")[2]
-    limit = FAMILY_MARGIN if family else margin
     result = non_inferiority(
         [new[item] - old[item] for item in old], limit, [name for name, _ in old]
     )
@@ -251,10 +262,10 @@ def compare_accuracy(pair: Pair, base: Pool, head: Pool, margin: float) -> Chang
         result.verdict,
         f"{100 * result.difference:+.1f} points on {len(old)} problems: {lost} lost, {won} won "
         f"(McNemar p = {mcnemar(lost, won):.2f})",
-        rule="lower 95 % bound of the difference > limit",
+        rule=rule,
         value=result.lower_bound,
         limit=-limit,
-        required=pair.ours and not family,
+        required=required,
     )
 
 

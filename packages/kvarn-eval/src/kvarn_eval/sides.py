@@ -12,11 +12,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from kvarn_eval.schema import Arm, Environment, Git, Measurement, Run, Strict, measure
+from kvarn_eval.schema import Arm, Environment, Git, Measurement, Run, Strict, Unit, measure
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+Problem = tuple[str, int | str]  # family, seed or name
 KERNELS = "bench_ops"
 """Suites of this name identify cases by their names: lists and descriptions of arms may grow."""
 CLOCK_TOLERANCE = 0.05
@@ -46,8 +47,11 @@ class Document:
         except ValueError as error:
             raise ValueError(f"{path} is not a result of this version: {error}") from error
 
-    def right(self, measurement: Measurement) -> dict[tuple[str, int], float]:
-        """Score of each problem behind an accuracy, by family and seed.
+    def right(self, measurement: Measurement) -> dict[Problem, float]:
+        """Score of each problem behind an accuracy, from the lines of its raw file.
+
+        A line has the `family` of a problem, its `seed` (or any name) and whether it is `right`, or
+        how right on average. Other keys are not read.
 
         Raises
         ------
@@ -55,12 +59,12 @@ class Document:
             If the answers are not beside the result, or are those of another run.
         """
         file = self.path.parent / (measurement.raw or "")
-        if measurement.raw is None or not file.is_file():
+        if not file.is_file():
             raise ValueError(
                 f"{self.path}: the answers behind {measurement.key}, {measurement.raw}, are not "
                 "beside it. Keep the folder of a run together."
             )
-        family = measurement.name.partition(".")[2]
+        family = family_of(measurement)
         answers = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
         found = {
             (answer["family"], answer["seed"]): float(answer["right"])
@@ -89,7 +93,7 @@ class Pool:
         runs = [document.run.run_id for document in self.documents]
         return Side(runs=runs, git=self.first.git, environment=self.first.environment)
 
-    def right(self, key: str) -> dict[tuple[str, int], float]:
+    def right(self, key: str) -> dict[Problem, float]:
         """Score of each problem, averaged over the documents; see `Document.right`."""
         of_runs = []
         for document in self.documents:
@@ -98,6 +102,16 @@ class Pool:
         if any(scores.keys() != of_runs[0].keys() for scores in of_runs):
             raise ValueError(f"The runs of one side answered different problems ({key}).")
         return {item: sum(run[item] for run in of_runs) / len(of_runs) for item in of_runs[0]}
+
+
+def is_accuracy(measurement: Measurement) -> bool:
+    """Whether a measurement is the share of right answers: ``[profile.]accuracy[.family]``."""
+    return measurement.unit is Unit.SHARE and "accuracy" in measurement.name.split(".")
+
+
+def family_of(measurement: Measurement) -> str:
+    """Family of problems that an accuracy is about; empty for all of them."""
+    return measurement.name.partition("accuracy")[2].removeprefix(".")
 
 
 def is_kernels(run: Run) -> bool:

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Literal
 
 from kvarn_eval.schema import Run, Strict, Verdict
-from kvarn_eval.sides import Document, check_same_subject
+from kvarn_eval.sides import Document, check_same_subject, is_accuracy
 
 FOLDER = Path(__file__).parents[2] / "baselines"
 
@@ -94,7 +94,7 @@ def accept(document: Document, folder: Path) -> tuple[Path, Run | None]:
         raise ValueError(f"{document.path} was made of changed or unknown sources. Commit first.")
     if run.verdict is Verdict.FAIL:
         raise ValueError(f"{document.path} fails its own gates and cannot be a baseline.")
-    if any(m.name.partition(".")[0] == "accuracy" for m in run.measurements):
+    if any(is_accuracy(m) for m in run.measurements):
         raise ValueError(
             f"{document.path} is about answers, which are compared problem by problem. Keep its "
             "folder and compare with that."
