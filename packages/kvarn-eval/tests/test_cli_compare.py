@@ -26,7 +26,7 @@ def run(*arguments: str) -> tuple[int, str, str]:
     ("factor", "shape", "status", "says"),
     [
         (1.0, (1.0,) * 5, 0, "Nothing became worse"),
-        (1.2, (1.0,) * 5, 1, f"{CASE} ({OURS}): +20.0 % loss"),
+        (1.2, (1.0,) * 5, 1, f"{CASE} ({OURS}): 20.0 % slower"),
         (1.2, (1.0,) * 3, 3, "too few samples"),
     ],
 )
@@ -66,6 +66,8 @@ def test_what_cannot_be_compared_is_wrong_usage(tmp_path: Path) -> None:
 
 def test_a_baseline_is_stored_and_compared_with(tmp_path: Path) -> None:
     folder = tmp_path / "baselines"
+    assert run("baseline", str(RECORDED), "--folder", str(folder))[0] == 2
+    folder.mkdir()
     status, shown, error = run("baseline", str(RECORDED), "--folder", str(folder))
     assert status == 0
     assert "h100.json" in error
@@ -81,7 +83,7 @@ def test_a_baseline_is_stored_and_compared_with(tmp_path: Path) -> None:
 
 def test_a_baseline_may_be_refused(tmp_path: Path) -> None:
     dirty = write(tmp_path / "x.json", lambda data: data["git"].update(dirty=True))
-    status, _, error = run("baseline", str(dirty), "--folder", str(tmp_path / "baselines"))
+    status, _, error = run("baseline", str(dirty), "--folder", str(tmp_path))
     assert status == 2
     assert "Commit first" in error
-    assert not (tmp_path / "baselines").exists()
+    assert not (tmp_path / "h100.json").exists()

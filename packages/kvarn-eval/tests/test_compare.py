@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from kvarn_eval.compare import Comparison, compare
-from kvarn_eval.schema import Verdict
+from kvarn_eval.schema import Arm, Model, Run, Unit, Verdict, describe_run, measure
 from kvarn_eval.sides import Document, pool
 
 sys.path.insert(0, str(Path(__file__).parent))
@@ -104,6 +104,46 @@ def test_pooled_runs_show_the_noise_between_processes(tmp_path: Path) -> None:
     assert judged(found) is Verdict.INCONCLUSIVE
     change = next(c for c in found.changes if (c.name, c.arm) == (CASE, OURS))
     assert change.samples == (10, 5)
+
+
+RATES = [1000.0, 1001.0, 999.0, 1000.5, 999.5]
+
+
+def serving(path: Path, rate: float, tail: float, ttft: float = 1.0) -> Path:
+    """A result of a served model, with these factors on its speeds."""
+    speeds = {
+        "decode_equal": (Unit.TOKENS_PER_SECOND, "higher", rate),
+        "decode_equal.step_p99": (Unit.SECONDS, "lower", tail),
+        "ttft_p50": (Unit.SECONDS, "lower", ttft),
+    }
+    measurements = [
+        measure(name, "kvarn", unit, [factor * x for x in RATES], better=better)
+        for name, (unit, better, factor) in speeds.items()
+    ]
+    model = Model(name="m", weights_sha256=None, dtype="float16")
+    fields = {"seconds": 1.0, "measurements": measurements, "gates": [],
+              "arms": {"kvarn": Arm(kv_cache_dtype=OURS)}}  # fmt: skip
+    Run.model_validate({**describe_run("throughput", "0" * 64, model), **fields}).save(path)
+    return path
+
+
+@pytest.mark.parametrize(
+    ("rate", "tail", "verdict"),
+    [
+        (1.0, 1.0, Verdict.PASS),
+        (0.98, 1.07, Verdict.PASS),
+        (0.96, 1.0, Verdict.FAIL),
+        (1.2, 1.0, Verdict.PASS),
+        (1.0, 1.09, Verdict.FAIL),
+    ],
+)
+def test_rates_and_tails_of_a_served_model(
+    rate: float, tail: float, verdict: Verdict, tmp_path: Path
+) -> None:
+    base = serving(tmp_path / "base.json", 1.0, 1.0)
+    found = sides(base, serving(tmp_path / "head.json", rate, tail, ttft=2.0))
+    assert found.verdict is verdict
+    assert {change.name for change in found.changes} == {"decode_equal", "decode_equal.step_p99"}
 
 
 def grow_kld(factor: float, arm: str = "kvarn") -> Callable[[dict[str, Any]], None]:

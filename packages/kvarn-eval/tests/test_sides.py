@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from kvarn_eval.compare import compare
-from kvarn_eval.schema import Unit, measure
-from kvarn_eval.sides import Document, family_of, is_accuracy, pool
+from kvarn_eval.schema import Unit, Verdict, measure
+from kvarn_eval.sides import Document, differences, family_of, is_accuracy, pool
 
 sys.path.insert(0, str(Path(__file__).parent))
 from injected import OURS, RECORDED, RESULTS, write, write_answers
@@ -98,7 +98,6 @@ def gpu(data: dict[str, Any]) -> None:
     ("change", "run_id", "message"),
     [
         (commit, "b", "different commits"),
-        (gpu, "b", "cannot be pooled: GPU was"),
         (lose_a_case, "b", "lacks"),
         (lambda data: None, "a", "the same run"),
     ],
@@ -110,6 +109,33 @@ def test_runs_of_two_sides_are_not_pooled(
     second = write(tmp_path / "b.json", change, run_id=run_id)
     with pytest.raises(ValueError, match=message):
         pool([Document.load(first), Document.load(second)])
+
+
+def test_runs_of_several_machines_are_pooled_and_decide_nothing(tmp_path: Path) -> None:
+    base = pool([Document.load(write(tmp_path / f"{name}.json", *changes))
+                 for name, changes in (("a", ()), ("b", (gpu,)))])  # fmt: skip
+    assert base.differences == ["GPU was NVIDIA H100 80GB HBM3, is NVIDIA H200"]
+    found = compare(base, pool([Document.load(RECORDED)]))
+    assert found.differences == base.differences
+    assert found.verdict is Verdict.INCONCLUSIVE
+
+
+def beside_another(data: dict[str, Any]) -> None:
+    data["environment"]["cores"] = 64
+    data["environment"]["gpus"] *= 2
+
+
+def test_a_second_gpu_matters_to_servers_and_not_to_kernels(tmp_path: Path) -> None:
+    one, two = (
+        Document.load(RECORDED).run,
+        Document.load(write(tmp_path / "a.json", beside_another)),
+    )
+    assert differences(one, two.run) == []
+    served = [run.model_copy(update={"suite": "throughput"}) for run in (one, two.run)]
+    assert differences(*served) == [
+        "number of GPUs was 1, is 2",
+        "number of cores was 16, is 64",
+    ]
 
 
 def test_a_file_that_is_no_result_is_named(tmp_path: Path) -> None:

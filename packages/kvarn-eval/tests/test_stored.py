@@ -31,19 +31,32 @@ def test_the_file_is_named_after_the_machine(names: list[str], machine_name: str
     run = Document.load(RECORDED).run
     gpus = [Gpu(name=name, memory_mib=1, driver="1") for name in names]
     environment = run.environment.model_copy(update={"gpus": gpus})
-    assert machine(run.model_copy(update={"environment": environment})) == machine_name
+    served = run.model_copy(update={"environment": environment, "suite": "throughput"})
+    assert machine(served) == machine_name
+    one_gpu = machine_name.partition("-x2")[0]
+    assert machine(served.model_copy(update={"suite": run.suite})) == one_gpu
 
 
 def test_a_result_is_stored_and_found_by_its_suite(tmp_path: Path) -> None:
     document = Document.load(RECORDED)
-    path, old = accept(document, tmp_path / "baselines")
+    path, old = accept(document, tmp_path)
     assert (path.name, old) == ("h100.json", None)
     assert load_document(path, document.run.suite).run == document.run
     with pytest.raises(ValueError, match="keeps no result of demo, only of bench_ops full"):
         load_document(path, "demo")
     faster = Document.load(write(tmp_path / "b.json", scaled("seal.step.b32", OURS, 0.5)))
-    assert accept(faster, tmp_path / "baselines")[1] == document.run
+    assert accept(faster, tmp_path)[1] == document.run
     assert Baselines.load(path).runs == {document.run.suite: faster.run}
+
+
+def test_the_command_is_kept_without_folders_of_a_machine(tmp_path: Path) -> None:
+    def elsewhere(data: dict[str, Any]) -> None:
+        data["command"] = ["/opt/bin/bench_ops.py", "--full", "--out", "/home/me/bench.json"]
+
+    document = Document.load(write(tmp_path / "a.json", elsewhere))
+    path, _ = accept(document, tmp_path)
+    kept = load_document(path, document.run.suite).run.command
+    assert kept == ["bench_ops.py", "--full", "--out", "bench.json"]
 
 
 def test_suites_of_a_machine_share_a_file(tmp_path: Path) -> None:

@@ -64,7 +64,9 @@ def compare(
 
 def baseline(
     result: Annotated[Path, typer.Argument(exists=True, help="Result of the main branch.")],
-    folder: Annotated[Path, typer.Option(help="Folder of baselines.")] = stored.FOLDER,
+    folder: Annotated[
+        Path, typer.Option(exists=True, file_okay=False, help="Folder of baselines.")
+    ] = stored.FOLDER,
     as_json: Annotated[bool, typer.Option("--json", help="Print the stored result.")] = False,
 ) -> None:
     """Make a result the baseline of its machine; prints old and new values for the review."""

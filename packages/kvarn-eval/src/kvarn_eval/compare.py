@@ -8,12 +8,10 @@ whatever was timed beside it decides nothing.
 
 from __future__ import annotations
 
-import sys
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from kvarn_eval.schema import Arm, Measurement, Strict, Unit, Verdict
+from kvarn_eval.schema import Arm, Measurement, Strict, Unit, Verdict, portable_command
 from kvarn_eval.sides import (
     Pool,
     Side,
@@ -27,6 +25,7 @@ from kvarn_eval.stats import mcnemar, non_inferiority, speed_change
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
+    from pathlib import Path
 
 KERNEL, RATE, TAIL = 0.05, 0.03, 0.08  # losses of speed that matter
 KLD_GROWTH = 1.05
@@ -137,7 +136,7 @@ def compare(base: Pool, head: Pool, margin: float | None = None) -> Comparison:
     pairs = [
         Pair(m, head.measured[key], base.first.arms[m.arm]) for key, m in base.measured.items()
     ]
-    found = differences(base.first, head.first)
+    found = [*differences(base.first, head.first), *base.differences, *head.differences]
     speed = [change for pair in pairs if (change := compare_speed(pair, found))]
     changes = [
         *doubt(speed),
@@ -147,7 +146,7 @@ def compare(base: Pool, head: Pool, margin: float | None = None) -> Comparison:
     ]
     return Comparison(
         suite=base.first.suite,
-        command=[Path(sys.argv[0]).name, *sys.argv[1:]],
+        command=portable_command(),
         base=old,
         head=new,
         differences=found,
@@ -173,7 +172,8 @@ def compare_speed(pair: Pair, environment: list[str]) -> Change | None:
         return None
     higher = pair.base.better == "higher"
     found = speed_change(pair.base.samples, pair.head.samples, threshold, higher_is_better=higher)
-    reason = f"{100 * found.loss:+.1f} % loss, noise {100 * found.noise:.1f} %"
+    way = "slower" if found.loss > 0 else "faster"
+    reason = f"{100 * abs(found.loss):.1f} % {way}, noise {100 * found.noise:.1f} %"
     verdict = found.verdict
     if environment:
         verdict, reason = Verdict.INCONCLUSIVE, f"{reason}; {environment[0]}"
@@ -216,7 +216,8 @@ def compare_size(pair: Pair, environment: list[str]) -> Change | None:
     fixed = "cache_memory_bytes" in options or "cpu_kvcache_space" in options
     limit = 0.0 if fixed or m.unit is Unit.TOKENS_PER_GIB else POOL_JITTER
     loss = 1 - pair.head.median / m.median if m.median else 0.0
-    verdict, reason = Verdict.FAIL if loss > limit else Verdict.PASS, f"{100 * loss:+.2f} % loss"
+    verdict = Verdict.FAIL if loss > limit else Verdict.PASS
+    reason = f"{100 * abs(loss):.2f} % {'less' if loss > 0 else 'more'}"
     if environment and limit:
         verdict, reason = Verdict.INCONCLUSIVE, f"{reason}; {environment[0]}"
     # requests are whole: a jitter of the pool may cost one

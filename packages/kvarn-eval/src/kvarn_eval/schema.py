@@ -292,11 +292,17 @@ def describe_run(suite: str, suite_sha256: str, model: Model) -> dict[str, objec
         "suite": suite,
         "suite_sha256": suite_sha256,
         "started": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        "command": [Path(sys.argv[0]).name, *sys.argv[1:]],
+        "command": portable_command(),
         "git": _git(),
         "environment": _environment(),
         "model": model,
     }
+
+
+def portable_command(words: list[str] | None = None) -> list[str]:
+    """A command, by default that of this process, without the folders of one machine."""
+    first, *rest = words or sys.argv
+    return [Path(first).name, *(Path(w).name if Path(w).is_absolute() else w for w in rest)]
 
 
 def _output(*command: str) -> str | None:

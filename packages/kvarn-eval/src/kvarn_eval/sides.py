@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from kvarn_eval.schema import Arm, Environment, Git, Measurement, Run, Strict, Unit, measure
+from kvarn_eval.schema import Arm, Environment, Git, Gpu, Measurement, Run, Strict, Unit, measure
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -78,7 +78,15 @@ class Document:
 
 @dataclass(frozen=True)
 class Pool:
-    """Documents of one side, pooled."""
+    """Documents of one side, pooled.
+
+    Parameters
+    ----------
+    documents : tuple of Document
+        All of one commit, suite, model and set of arms.
+    measured : dict of str to Measurement
+        By `Measurement.key`, with the samples of all documents.
+    """
 
     documents: tuple[Document, ...]
     measured: dict[str, Measurement]
@@ -87,6 +95,11 @@ class Pool:
     def first(self) -> Run:
         """The first document; the others agree with it in everything but their samples."""
         return self.documents[0].run
+
+    @property
+    def differences(self) -> list[str]:
+        """What differs between the machines of its documents; see `differences`."""
+        return [text for d in self.documents[1:] for text in differences(self.first, d.run)]
 
     def describe(self) -> Side:
         """Runs, commit and environment."""
@@ -125,7 +138,7 @@ def pool(documents: Sequence[Document]) -> Pool:
     Parameters
     ----------
     documents : sequence of Document
-        At least one; all of the same commit, machine, suite and arms.
+        At least one; all of the same commit, suite, model and arms.
 
     Returns
     -------
@@ -144,8 +157,6 @@ def pool(documents: Sequence[Document]) -> Pool:
         check_same_subject(other, first)
         if other.run.git != first.run.git:
             raise ValueError(f"{first.path} and {other.path} are of different commits.")
-        if found := differences(first.run, other.run):
-            raise ValueError(f"{first.path} and {other.path} cannot be pooled: {found[0]}.")
     samples: dict[str, list[float]] = {}
     for document in documents:
         for m in document.run.measurements:
@@ -203,27 +214,39 @@ def is_ours(name: str, arm: Arm) -> bool:
     return arm.kv_cache_dtype.startswith("kvarn_")
 
 
+def gpus_of(run: Run) -> list[Gpu]:
+    """GPUs that a run used; the kernel benchmark uses the first."""
+    gpus = run.environment.gpus
+    return gpus[:1] if is_kernels(run) else gpus
+
+
 def differences(base: Run, head: Run) -> list[str]:
-    """What differs between the machines and packages of two runs, one phrase each."""
+    """What differs between the machines and packages of two runs, one phrase each.
+
+    Kernels are launched by CUDA graphs, so neither the processor nor further GPUs matter to them;
+    their clocks do, and were asked for right after a timing. Other suites ask when the GPU is idle.
+    """
     old, new = base.environment, head.environment
-    facts = [
-        ("CPU", old.cpu, new.cpu),
-        ("number of cores", old.cores, new.cores),
-        ("Python", old.python, new.python),
-        ("number of GPUs", len(old.gpus), len(new.gpus)),
+    pairs = list(zip(gpus_of(base), gpus_of(head), strict=False))
+    facts: list[tuple[str, object, object]] = [
+        ("number of GPUs", len(gpus_of(base)), len(gpus_of(head)))
     ]
-    for a, b in zip(old.gpus, new.gpus, strict=False):
+    for a, b in pairs:
         facts += [
             ("GPU", a.name, b.name),
             ("GPU memory", a.memory_mib, b.memory_mib),
             ("driver", a.driver, b.driver),
             ("power cap", a.power_cap_w, b.power_cap_w),
         ]
-        if is_kernels(base):  # asked right after a timing; other suites ask when the GPU is idle
+    if is_kernels(base):
+        for a, b in pairs:
             facts.append(("memory clock", a.memory_clock_mhz, b.memory_clock_mhz))
             clocks = [clock for clock in (a.sm_clock_mhz, b.sm_clock_mhz) if clock]
             if clocks and max(clocks) > (1 + CLOCK_TOLERANCE) * min(clocks):
-                facts.append(("SM clock", clocks[0], clocks[1]))
+                facts.append(("SM clock", a.sm_clock_mhz, b.sm_clock_mhz))
+    else:
+        facts += [("CPU", old.cpu, new.cpu), ("number of cores", old.cores, new.cores)]
+    facts.append(("Python", old.python, new.python))
     facts += [
         (name, old.packages.get(name), new.packages.get(name))
         for name in sorted(old.packages.keys() | new.packages.keys())

@@ -11,10 +11,10 @@ import re
 from pathlib import Path
 from typing import Literal
 
-from kvarn_eval.schema import Run, Strict, Verdict
-from kvarn_eval.sides import Document, check_same_subject, is_accuracy
+from kvarn_eval.schema import Run, Strict, Verdict, portable_command
+from kvarn_eval.sides import Document, check_same_subject, gpus_of, is_accuracy
 
-FOLDER = Path(__file__).parents[2] / "baselines"
+FOLDER = Path("packages", "kvarn-eval", "baselines")  # of a checkout
 
 
 class Baselines(Strict):
@@ -36,7 +36,7 @@ class Baselines(Strict):
 
 def machine(run: Run) -> str:
     """Short name of the machine of a run: ``cpu``, ``h100``, ``h200-x2``."""
-    gpus = run.environment.gpus
+    gpus = gpus_of(run)
     if not gpus:
         return "cpu"
     models = re.findall(r"\b[A-Z]+\d+[A-Z]*\b", gpus[0].name)
@@ -74,7 +74,7 @@ def accept(document: Document, folder: Path) -> tuple[Path, Run | None]:
     document : Document
         The result.
     folder : Path
-        Where the files of baselines lie; created if missing.
+        Where the files of baselines lie.
 
     Returns
     -------
@@ -105,6 +105,6 @@ def accept(document: Document, folder: Path) -> tuple[Path, Run | None]:
     old = kept.runs.get(run.suite)
     if old is not None:
         check_same_subject(Document(old, path), document)
-    folder.mkdir(parents=True, exist_ok=True)
+    run = run.model_copy(update={"command": portable_command(run.command)})
     Baselines(machine=name, runs={**kept.runs, run.suite: run}).save(path)
     return path, old
