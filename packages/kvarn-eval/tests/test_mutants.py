@@ -62,14 +62,16 @@ def tree(folder: Path, x: int) -> Path:
     return folder
 
 
-@pytest.mark.parametrize(("x", "survivors"), [(3, []), (2, ["square"])])
 def test_a_survivor_is_named_and_the_source_restored(
-    x: int, survivors: list[str], tmp_path: Path
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    root = tree(tmp_path, x)
-    HUNT.check_green(root, [SURVIVOR])
-    assert HUNT.hunt(root, [SURVIVOR]) == survivors
+    root, caught = tree(tmp_path, 2), replace(SURVIVOR, name="triple", becomes="return 3 * x")
+    HUNT.check_green(root, [SURVIVOR, caught])
+    assert HUNT.hunt(root, [SURVIVOR, caught]) == ["square"]
     assert (root / "product.py").read_text(encoding="utf-8") == PRODUCT
+    shown = capsys.readouterr().out
+    assert "[ 1 of 2] SURVIVED square" in shown
+    assert "[ 2 of 2] caught   triple" in shown
 
 
 def test_tests_that_are_red_before_any_change_say_nothing(tmp_path: Path) -> None:
