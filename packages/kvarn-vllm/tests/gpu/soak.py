@@ -1,5 +1,8 @@
 """A thousand requests through a full pool, with aborts and repeats; `test_soak.py` judges.
 
+Called with the number of requests, of GPUs, and the file for the report. What lies on the GPUs is
+asked of the workers, which with several GPUs are processes of their own.
+
 Every prompt is a table of its own, so an answer that lists rows of another request's table has seen
 another request's cache.
 """
@@ -14,8 +17,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from serve import MODEL, PRESET, Engine, Watch
+from serve import MODEL, PARALLEL, PRESET, Engine, Watch
 
+from kvarn_eval.fidelity import ARMS, DEFAULT_PRESET, load_model, pseudo_decode
 from kvarn_eval.small_model import tasks, tokenizer
 
 SETTINGS: dict[str, Any] = {
@@ -39,6 +43,13 @@ def problem(seed: int, draw: random.Random) -> tasks.Item:
 def rows(text: str) -> set[str]:
     """Rows ``qB:417`` of a table or an answer."""
     return set(re.findall(r"[a-zA-Z]{2}:\d{3}", text))
+
+
+def solves(model: Any, item: tasks.Item) -> bool:
+    """Whether the model, in plain torch with its cache in fp16, gives the item's answer."""
+    prompt, answer = tokenizer.encode(item.prompt), [*tokenizer.encode(item.answer), tokenizer.EOS]
+    rows = pseudo_decode(model, [*prompt, *answer], ARMS["fp16"], DEFAULT_PRESET)
+    return rows.argmax(-1)[len(prompt) - 1 : -1].tolist() == answer
 
 
 class Soak:
@@ -98,6 +109,14 @@ class Soak:
             self.step()
         self.engine.drain()
 
+    def wrong(self) -> list[str]:
+        """Requests answered wrongly that the model answers rightly with an exact cache."""
+        names = [name for name, text in self.answers.items() if text != self.items[name].answer]
+        model = load_model(MODEL, "plain")
+        items = {self.items[name].prompt: self.items[name] for name in names}
+        solved = {prompt for prompt, item in items.items() if solves(model, item)}
+        return [name for name in names if self.items[name].prompt in solved]
+
     def foreign(self) -> list[str]:
         """Requests whose answer lists two or more rows of one other table."""
         tables = {name: rows(item.prompt) for name, item in self.items.items()}
@@ -109,23 +128,40 @@ class Soak:
         return found
 
 
-def main() -> None:
-    requests, out = int(sys.argv[1]), Path(sys.argv[2])
-    watch = Watch()
-    engine = Engine(MODEL, PRESET, dtype="float16", enforce_eager=False, **SETTINGS)
-    watch.compiled.clear()
-    Soak(engine, 40).run()  # lets the allocator reach its level
+def watch(worker: Any) -> None:
+    """Let a worker note which kernels it launches for the first time from now on."""
+    worker.watch = Watch()
+
+
+def compiled(worker: Any) -> list[str]:
+    return worker.watch.compiled
+
+
+def memory(worker: Any) -> tuple[int, int]:
+    """Bytes that are allocated and reserved on a worker's GPU."""
     torch.cuda.synchronize()
-    before = torch.cuda.memory_allocated(), torch.cuda.memory_reserved()
+    return torch.cuda.memory_allocated(), torch.cuda.memory_reserved()
+
+
+def main() -> None:
+    requests, gpus, out = int(sys.argv[1]), int(sys.argv[2]), Path(sys.argv[3])
+    options = {**SETTINGS, **(PARALLEL if gpus > 1 else {})}
+    engine = Engine(MODEL, PRESET, dtype="float16", enforce_eager=False, **options)
+    ask_workers = engine.llm.collective_rpc
+    ask_workers(watch)
+    Soak(engine, 40).run()  # lets the allocator reach its level
+    before = ask_workers(memory)
     soak = Soak(engine, requests)
     soak.run()
-    torch.cuda.synchronize()
-    after = torch.cuda.memory_allocated(), torch.cuda.memory_reserved()
-    wrong = [name for name, text in soak.answers.items() if text != soak.items[name].answer]
+    after = ask_workers(memory)
+    drifts = [
+        [now - then for then, now in zip(*pair, strict=True)]
+        for pair in zip(before, after, strict=True)
+    ]
     report = {
         "answered": len(soak.answers),
         "aborted": len(soak.aborted),
-        "wrong": len(wrong),
+        "wrong": len(soak.wrong()),
         "foreign": soak.foreign(),
         "hits": soak.hits,
         "preemptions": engine.preemptions,
@@ -133,9 +169,8 @@ def main() -> None:
         "median usage": sorted(soak.usage)[len(soak.usage) // 2],
         "free pages lost": engine.free_pages - engine.pool.get_num_free_blocks(),
         "requests left": len(engine.manager.req_to_blocks),
-        "allocated drift": after[0] - before[0],
-        "reserved drift": after[1] - before[1],
-        "compiled while serving": watch.compiled,
+        "drifts": drifts,
+        "compiled while serving": [name for names in ask_workers(compiled) for name in names],
     }
     out.write_text(json.dumps(report), encoding="utf-8")
     engine.stop()
