@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from kvarn_eval.compare import Comparison, compare
+from kvarn_eval.compare_report import headline
 from kvarn_eval.schema import Arm, Model, Run, Unit, Verdict, describe_run, measure
 from kvarn_eval.sides import Document, pool
 
@@ -109,8 +110,8 @@ def test_pooled_runs_show_the_noise_between_processes(tmp_path: Path) -> None:
 RATES = [1000.0, 1001.0, 999.0, 1000.5, 999.5]
 
 
-def serving(path: Path, rate: float, tail: float, ttft: float = 1.0) -> Path:
-    """A result of a served model, with these factors on its speeds."""
+def serving(path: Path, rate: float, tail: float, ttft: float = 1.0, prefill: float = 1.0) -> Path:
+    """A result of a served model, with these factors on its speeds; prefill is measured once."""
     speeds = {
         "decode_equal": (Unit.TOKENS_PER_SECOND, "higher", rate),
         "decode_equal.step_p99": (Unit.SECONDS, "lower", tail),
@@ -120,6 +121,8 @@ def serving(path: Path, rate: float, tail: float, ttft: float = 1.0) -> Path:
         measure(name, "kvarn", unit, [factor * x for x in RATES], better=better)
         for name, (unit, better, factor) in speeds.items()
     ]
+    once = [8000.0 * prefill]
+    measurements.append(measure("prefill", "kvarn", Unit.TOKENS_PER_SECOND, once, better="higher"))
     model = Model(name="m", weights_sha256=None, dtype="float16")
     fields = {"seconds": 1.0, "measurements": measurements, "gates": [],
               "arms": {"kvarn": Arm(kv_cache_dtype=OURS)}}  # fmt: skip
@@ -143,7 +146,27 @@ def test_rates_and_tails_of_a_served_model(
     base = serving(tmp_path / "base.json", 1.0, 1.0)
     found = sides(base, serving(tmp_path / "head.json", rate, tail, ttft=2.0))
     assert found.verdict is verdict
-    assert {change.name for change in found.changes} == {"decode_equal", "decode_equal.step_p99"}
+    judged_names = {change.name for change in found.changes}
+    assert judged_names == {"decode_equal", "decode_equal.step_p99", "prefill"}
+
+
+@pytest.mark.parametrize(
+    ("runs", "verdict"), [(1, Verdict.PASS), (4, Verdict.PASS), (5, Verdict.FAIL)]
+)
+def test_what_a_run_measures_once_decides_from_five_runs_on(
+    runs: int, verdict: Verdict, tmp_path: Path
+) -> None:
+    both = []
+    for side, factor in (("base", 1.0), ("head", 0.9)):
+        paths = [tmp_path / f"{side}{number}.json" for number in range(runs)]
+        documents = [Document.load(serving(path, 1.0, 1.0, prefill=factor)) for path in paths]
+        both.append(pool(documents))
+    found = compare(*both)
+    assert found.verdict is verdict
+    assert judged(found, "prefill", "kvarn") is (
+        Verdict.FAIL if runs == 5 else Verdict.INCONCLUSIVE
+    )
+    assert ("undecided" in headline(found)) == (runs < 5)
 
 
 def grow_kld(factor: float, arm: str = "kvarn") -> Callable[[dict[str, Any]], None]:

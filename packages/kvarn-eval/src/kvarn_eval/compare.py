@@ -21,7 +21,7 @@ from kvarn_eval.sides import (
     is_accuracy,
     is_ours,
 )
-from kvarn_eval.stats import mcnemar, non_inferiority, speed_change
+from kvarn_eval.stats import MIN_SAMPLES, mcnemar, non_inferiority, speed_change
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -75,13 +75,14 @@ class Comparison(Strict):
         path.write_text(self.model_dump_json(indent=1) + "\n", encoding="utf-8")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)  # found by identity
 class Pair:
-    """One measurement on both sides."""
+    """One measurement on both sides; `once` if every run has a single sample of it."""
 
     base: Measurement
     head: Measurement
     arm: Arm
+    once: bool
 
     @property
     def ours(self) -> bool:
@@ -133,11 +134,13 @@ def compare(base: Pool, head: Pool, margin: float | None = None) -> Comparison:
         raise ValueError(f"Both sides hold the run {min(same)}. Compare two different runs.")
     if margin is None:
         margin = SMOKE_MARGIN if base.first.suite == "demo" else MARGIN
+    arms, runs = base.first.arms, (len(base.documents), len(head.documents))
     pairs = [
-        Pair(m, head.measured[key], base.first.arms[m.arm]) for key, m in base.measured.items()
+        Pair(m, new, arms[m.arm], once=(len(m.samples), len(new.samples)) == runs)
+        for m, new in ((m, head.measured[key]) for key, m in base.measured.items())
     ]
     found = [*differences(base.first, head.first), *base.differences, *head.differences]
-    speed = [change for pair in pairs if (change := compare_speed(pair, found))]
+    speed = {pair: change for pair in pairs if (change := compare_speed(pair, found))}
     changes = [
         *doubt(speed),
         *(change for pair in pairs if (change := compare_size(pair, found))),
@@ -166,7 +169,10 @@ def speed_threshold(measurement: Measurement) -> float | None:
 
 
 def compare_speed(pair: Pair, environment: list[str]) -> Change | None:
-    """Three-way verdict on a time or a rate; other environments decide nothing."""
+    """Three-way verdict on a time or a rate; other environments decide nothing.
+
+    What a run measures once is required as soon as there are enough runs, and reported before.
+    """
     threshold = speed_threshold(pair.base)
     if threshold is None:
         return None
@@ -178,29 +184,35 @@ def compare_speed(pair: Pair, environment: list[str]) -> Change | None:
     if environment:
         verdict, reason = Verdict.INCONCLUSIVE, f"{reason}; {environment[0]}"
     elif verdict is Verdict.INCONCLUSIVE:
-        few = found.noise <= threshold
-        reason += "; too few samples" if few else f", above {100 * threshold:g} %"
+        quiet = found.noise <= threshold
+        reason += "; too few samples" if quiet else f", above {100 * threshold:g} %"
+    few = min(len(pair.base.samples), len(pair.head.samples)) < MIN_SAMPLES
     return pair.change(
-        verdict, reason, rule="loss of speed <= limit", value=found.loss, limit=found.limit
+        verdict,
+        reason,
+        rule="loss of speed <= limit",
+        value=found.loss,
+        limit=found.limit,
+        required=pair.ours and not (pair.once and few),
     )
 
 
-def doubt(changes: list[Change]) -> list[Change]:
+def doubt(speed: dict[Pair, Change]) -> list[Change]:
     """Withhold verdicts on what was timed beside a control that moved, for better or worse.
 
     A control that was timed beside nothing of ours, such as the bandwidth of plain copies, speaks
     for the whole machine.
     """
-    beside = {change.name for change in changes if change.required}
+    beside = {change.name for pair, change in speed.items() if pair.ours}
     moved: dict[str, str] = {}
-    for change in changes:
-        if not change.required and abs(change.value) > change.limit:
+    for pair, change in speed.items():
+        if not pair.ours and abs(change.value) > change.limit:
             name = change.name if change.name in beside else ""
             moved.setdefault(name, f"the control {change.arm} moved too ({change.name})")
     judged = []
-    for change in changes:
+    for pair, change in speed.items():
         why = moved.get(change.name) or moved.get("")
-        if change.required and why:
+        if pair.ours and why:
             doubted = {"verdict": Verdict.INCONCLUSIVE, "reason": f"{change.reason}; {why}"}
             change = change.model_copy(update=doubted)
         judged.append(change)

@@ -23,7 +23,9 @@ def headline(comparison: Comparison) -> str:
     verdict = comparison.verdict
     deciding = [c for c in comparison.changes if c.required and c.verdict is verdict]
     if verdict is Verdict.PASS:
-        return f"Nothing became worse: {len(deciding)} required rules pass."
+        undecided = sum(c.verdict is Verdict.INCONCLUSIVE for c in comparison.changes)
+        rest = f" Not required and undecided: {undecided}." if undecided else ""
+        return f"Nothing became worse: {len(deciding)} required rules pass.{rest}"
     if not deciding:
         return "Nothing that decides was measured."
     first = deciding[0]
