@@ -105,6 +105,13 @@ def engine(session: nox.Session) -> None:
 
 
 @nox.session
+def mutants(session: nox.Session) -> None:
+    """One-line sabotages of the product, in a copy; each must turn the tests named for it red."""
+    install_locked(session, "cpu")
+    session.run("python", ".ci/mutants.py", *session.posargs)
+
+
+@nox.session
 def gpu_tests(session: nox.Session) -> None:
     """Kernels and engines on one GPU."""
     install_gpu(session)
