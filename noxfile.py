@@ -56,7 +56,9 @@ def lint(session: nox.Session) -> None:
     session.run("ruff", "check", ".")
     session.run("ruff", "format", "--check", ".")
     session.run("codespell", "--skip", "*.txt,*.json,*.jsonl,*.svg", ".")
+    session.run("actionlint")
     session.run("zizmor", "--offline", "--no-progress", ".github")
+    session.run("python", ".ci/workflows.py")
 
 
 @nox.session
@@ -130,6 +132,13 @@ def bench(session: nox.Session) -> None:
     """Time every operation on one GPU, beside the caches of stock vLLM."""
     install_gpu(session)
     session.run("python", "packages/kvarn-core/benchmarks/bench_ops.py", *session.posargs)
+
+
+@nox.session
+def ab(session: nox.Session) -> None:
+    """Time this checkout against where it left another commit, in turns, on one GPU."""
+    install_gpu(session)
+    session.run("python", "packages/kvarn-core/benchmarks/ab.py", *session.posargs or ["main"])
 
 
 @nox.session
