@@ -40,6 +40,7 @@ SETTINGS: dict[str, Any] = {
     "gpu_memory_utilization": 0.15,
     "max_logprobs": VOCABULARY,
 }
+PARALLEL = {"tensor_parallel_size": 2, "distributed_executor_backend": "mp"}
 
 
 class Watch:

@@ -1,5 +1,8 @@
 """A thousand requests through a full pool, with aborts and repeats; `test_soak.py` judges.
 
+Called with the number of requests, of GPUs, and the file for the report. What lies on the GPUs is
+asked of the workers, which with several GPUs are processes of their own.
+
 Every prompt is a table of its own, so an answer that lists rows of another request's table has seen
 another request's cache.
 """
@@ -14,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from serve import MODEL, PRESET, Engine, Watch
+from serve import MODEL, PARALLEL, PRESET, Engine, Watch
 
 from kvarn_eval.small_model import tasks, tokenizer
 
@@ -109,18 +112,36 @@ class Soak:
         return found
 
 
-def main() -> None:
-    requests, out = int(sys.argv[1]), Path(sys.argv[2])
-    watch = Watch()
-    engine = Engine(MODEL, PRESET, dtype="float16", enforce_eager=False, **SETTINGS)
-    watch.compiled.clear()
-    Soak(engine, 40).run()  # lets the allocator reach its level
+def watch(worker: Any) -> None:
+    """Let a worker note which kernels it launches for the first time from now on."""
+    worker.watch = Watch()
+
+
+def compiled(worker: Any) -> list[str]:
+    return worker.watch.compiled
+
+
+def memory(worker: Any) -> tuple[int, int]:
+    """Bytes that are allocated and reserved on a worker's GPU."""
     torch.cuda.synchronize()
-    before = torch.cuda.memory_allocated(), torch.cuda.memory_reserved()
+    return torch.cuda.memory_allocated(), torch.cuda.memory_reserved()
+
+
+def main() -> None:
+    requests, gpus, out = int(sys.argv[1]), int(sys.argv[2]), Path(sys.argv[3])
+    options = {**SETTINGS, **(PARALLEL if gpus > 1 else {})}
+    engine = Engine(MODEL, PRESET, dtype="float16", enforce_eager=False, **options)
+    ask_workers = engine.llm.collective_rpc
+    ask_workers(watch)
+    Soak(engine, 40).run()  # lets the allocator reach its level
+    before = ask_workers(memory)
     soak = Soak(engine, requests)
     soak.run()
-    torch.cuda.synchronize()
-    after = torch.cuda.memory_allocated(), torch.cuda.memory_reserved()
+    after = ask_workers(memory)
+    drifts = [
+        [now - then for then, now in zip(*pair, strict=True)]
+        for pair in zip(before, after, strict=True)
+    ]
     wrong = [name for name, text in soak.answers.items() if text != soak.items[name].answer]
     report = {
         "answered": len(soak.answers),
@@ -133,9 +154,8 @@ def main() -> None:
         "median usage": sorted(soak.usage)[len(soak.usage) // 2],
         "free pages lost": engine.free_pages - engine.pool.get_num_free_blocks(),
         "requests left": len(engine.manager.req_to_blocks),
-        "allocated drift": after[0] - before[0],
-        "reserved drift": after[1] - before[1],
-        "compiled while serving": watch.compiled,
+        "drifts": drifts,
+        "compiled while serving": [name for names in ask_workers(compiled) for name in names],
     }
     out.write_text(json.dumps(report), encoding="utf-8")
     engine.stop()
