@@ -142,6 +142,16 @@ def ab(session: nox.Session) -> None:
 
 
 @nox.session
+def baseline(session: nox.Session) -> None:
+    """Time every operation and compare with what was accepted for this GPU, e.g. `-- h100`."""
+    install_gpu(session)
+    accepted = f"packages/kvarn-eval/baselines/{session.posargs[0]}.json"
+    bench = "packages/kvarn-core/benchmarks/bench_ops.py"
+    session.run("python", bench, "--full", "--out", "bench.json")
+    session.run("kvarn-eval", "compare", accepted, "bench.json")
+
+
+@nox.session
 def demo(session: nox.Session) -> None:
     """Serve the small model with both caches, ask both the same problems, print the table."""
     gpu = has_gpu()

@@ -8,54 +8,21 @@ head, base, so that a drift of the clocks falls on both. Both sides run in this 
 change of the locked packages is not part of what is compared. Arguments after `--` go to
 `bench_ops.py`.
 
-Leaves base.json and head.json with the pooled samples, and comparison.txt. Exit status: that of
-`kvarn-eval compare`; 1 if a benchmark fails.
+Leaves the four results, comparison.json and comparison.md. Exit status: that of `kvarn-eval
+compare`, which pools the runs of a side; 1 if a benchmark fails.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import os
-import statistics
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
 
 ORDER = ("base", "head", "head", "base")
 BENCH = ("--quick", "--ours-only")
 PACKAGES = ("kvarn-core", "kvarn-vllm", "kvarn-eval")
-
-
-def pool(documents: list[dict[str, Any]]) -> dict[str, Any]:
-    """Join runs of one commit: all samples of each measurement, median and noise from all.
-
-    Raises
-    ------
-    ValueError
-        If the runs did not measure the same things at the same commit.
-    """
-    first = documents[0]
-    for other in documents[1:]:
-        for field in ("suite_sha256", "git", "arms"):
-            if other[field] != first[field]:
-                raise ValueError(f"Runs of one side differ in {field}. Measure again.")
-    pooled = []
-    for measurement in first["measurements"]:
-        samples = [x for document in documents for x in _samples(document, measurement)]
-        median = statistics.median(samples)
-        noise = 1.4826 * statistics.median(abs(x - median) for x in samples)
-        pooled.append({**measurement, "samples": samples, "median": median, "noise": noise})
-    seconds = sum(document["seconds"] for document in documents)
-    return {**first, "seconds": round(seconds, 1), "measurements": pooled, "gates": []}
-
-
-def _samples(document: dict[str, Any], wanted: dict[str, Any]) -> list[float]:
-    for measurement in document["measurements"]:
-        if (measurement["arm"], measurement["name"]) == (wanted["arm"], wanted["name"]):
-            return list(measurement["samples"])
-    raise ValueError(f"One run did not measure {wanted['arm']}:{wanted['name']}. Measure again.")
 
 
 def environment(tree: Path, caches: Path) -> dict[str, str]:
@@ -69,30 +36,27 @@ def environment(tree: Path, caches: Path) -> dict[str, str]:
     }
 
 
-def measure(trees: dict[str, Path], out: Path, bench: list[str]) -> None:
-    """Run the benchmark of both trees in turns; leaves one pooled document per side in `out`."""
-    found: dict[str, list[dict[str, Any]]] = {side: [] for side in trees}
+def measure(trees: dict[str, Path], out: Path, bench: list[str]) -> dict[str, list[Path]]:
+    """Run the benchmark of both trees in turns; returns the results of each side."""
+    found: dict[str, list[Path]] = {side: [] for side in trees}
     for turn, side in enumerate(ORDER):
-        path = out / "runs" / f"{turn}-{side}.json"
-        path.parent.mkdir(exist_ok=True)
+        path = out / f"{turn + 1}-{side}.json"
         print(f"Turn {turn + 1} of {len(ORDER)}: {side}", flush=True)
         script = str(trees[side] / "packages/kvarn-core/benchmarks/bench_ops.py")
         command = [sys.executable, script, *bench, "--out", str(path)]
         caches = out.resolve() / "caches" / side
         subprocess.run(command, check=True, env=environment(trees[side], caches))  # noqa: S603
-        found[side].append(json.loads(path.read_text(encoding="utf-8")))
-    for side, documents in found.items():
-        text = json.dumps(pool(documents), indent=1, allow_nan=False)
-        (out / f"{side}.json").write_text(text + "\n", encoding="utf-8")
+        found[side].append(path)
+    return found
 
 
-def compare(out: Path) -> int:
-    """Let `kvarn-eval compare` judge both documents; keeps what it prints, returns its status."""
-    command = ["kvarn-eval", "compare", str(out / "base.json"), str(out / "head.json")]
-    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False)  # noqa: S603
-    (out / "comparison.txt").write_text(done.stdout, encoding="utf-8")
-    print(done.stdout, flush=True)
-    return done.returncode
+def compare(results: dict[str, list[Path]], out: Path) -> int:
+    """Let `kvarn-eval compare` judge all runs; returns its exit status."""
+    sides = [str(paths[0]) for paths in results.values()]
+    for side, paths in results.items():
+        sides += [argument for path in paths[1:] for argument in (f"--{side}", str(path))]
+    command = ["kvarn-eval", "compare", *sides, "--out", str(out)]
+    return subprocess.run(command, check=False).returncode  # noqa: S603
 
 
 def git(*arguments: str) -> str:
@@ -117,13 +81,14 @@ def main(line: list[str] | None = None) -> int:
     base = options.out.resolve() / "base-tree"
     git("worktree", "add", "--force", "--detach", str(base), commit)
     try:
-        measure({"base": base, "head": root}, options.out, options.bench or list(BENCH))
-    except (subprocess.CalledProcessError, ValueError) as error:
+        trees = {"base": base, "head": root}
+        results = measure(trees, options.out, options.bench or list(BENCH))
+    except subprocess.CalledProcessError as error:
         print(error, file=sys.stderr)
         return 1
     finally:
         git("worktree", "remove", "--force", str(base))
-    return compare(options.out)
+    return compare(results, options.out)
 
 
 if __name__ == "__main__":
