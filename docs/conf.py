@@ -9,10 +9,12 @@ HERE = Path(__file__).parent
 PACKAGES = ("kvarn-core", "kvarn-vllm", "kvarn-eval")
 sys.path[:0] = [str(HERE / "_ext"), *(str(HERE.parent / "packages" / p / "src") for p in PACKAGES)]
 
+import kvarn_core  # noqa: E402
+
 project = "KVarN"
+version = release = kvarn_core.__version__
 author = "the contributors to KVarN"
 copyright = "2026, the contributors to KVarN"
-version = release = "0.1.0"
 
 extensions = [
     "generated",
@@ -24,7 +26,7 @@ extensions = [
 exclude_patterns = ["_build"]
 nitpicky = True
 
-myst_enable_extensions = ["colon_fence", "dollarmath", "linkify"]
+myst_enable_extensions = ["colon_fence", "linkify"]
 myst_heading_anchors = 3
 
 # Shapes and dtypes are in the docstrings, which say more than annotations; what is not needed to
