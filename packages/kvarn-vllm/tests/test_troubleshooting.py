@@ -37,9 +37,12 @@ def refusals(source: str) -> list[str]:
         elif isinstance(node, ast.Raise) and isinstance(node.exc, ast.Call):
             made_here = ast.unparse(node.exc.func) != "_refusal"
             found += [text_of(argument) for argument in node.exc.args if made_here]
-        elif isinstance(node, ast.FunctionDef) and node.name == "_obstacle":
-            returned = (item for item in ast.walk(node) if isinstance(item, ast.Return))
-            found += [text_of(item.value) for item in returned if item.value]
+        elif isinstance(node, ast.FunctionDef) and node.name.endswith("obstacle"):
+            returned = [item.value for item in ast.walk(node) if isinstance(item, ast.Return)]
+            either = [
+                v for value in returned if isinstance(value, ast.BoolOp) for v in value.values
+            ]
+            found += [text_of(value) for value in returned + either if value]
         elif isinstance(node, ast.Call) and ast.unparse(node.func) == "Status":
             found += [text_of(argument) for argument in node.args]
         elif isinstance(node, ast.Return) and node.value:
