@@ -179,7 +179,7 @@ def wheels(session: nox.Session) -> None:
     """Build the three wheels and install each one alone with plain pip."""
     out = ROOT / "dist"
     shutil.rmtree(out, ignore_errors=True)
-    session.install("build", "hatchling")
+    session.install("--no-deps", "-r", "requirements/build.txt")
     for path in PACKAGES:
         session.run("python", "-m", "build", "--no-isolation", "--outdir", str(out), str(path))
     for module in ("kvarn_core", "kvarn_vllm", "kvarn_eval"):
@@ -206,7 +206,7 @@ def lock(session: nox.Session) -> None:
     session.install("uv")
     common = ["--universal", "--python-version=3.10", "--generate-hashes", "--quiet"]
     common += ["--no-header", "--no-annotate", "--no-emit-index-url"]
-    for name in ("lint", "docs", "cpu", "cuda"):
+    for name in ("lint", "build", "docs", "cpu", "cuda"):
         extra = ["--override=requirements/overrides.txt"] if name == "cpu" else []
         files = [f"requirements/{name}.in", "-o", f"requirements/{name}.txt"]
         session.run("uv", "pip", "compile", *common, *extra, *session.posargs, *files)

@@ -39,10 +39,9 @@ def refusals(source: str) -> list[str]:
             found += [text_of(argument) for argument in node.exc.args if made_here]
         elif isinstance(node, ast.FunctionDef) and node.name.endswith("obstacle"):
             returned = [item.value for item in ast.walk(node) if isinstance(item, ast.Return)]
-            either = [
-                v for value in returned if isinstance(value, ast.BoolOp) for v in value.values
-            ]
-            found += [text_of(value) for value in returned + either if value]
+            for value in returned:
+                either = value.values if isinstance(value, ast.BoolOp) else [value]
+                found += [text_of(part) for part in either if part]
         elif isinstance(node, ast.Call) and ast.unparse(node.func) == "Status":
             found += [text_of(argument) for argument in node.args]
         elif isinstance(node, ast.Return) and node.value:
