@@ -1,4 +1,4 @@
-"""A KVarN cache for models of Hugging Face transformers, on a CPU or a GPU.
+"""A KVarN cache for models of Hugging Face transformers, on a CPU or a GPU::
 
     cache = KVarNCache(model.config, "kvarn_k4v2_g128")
     model.generate(**inputs, past_key_values=cache)
