@@ -55,8 +55,10 @@ def lint(session: nox.Session) -> None:
     session.install("--no-deps", "-r", "requirements/lint.txt")
     session.run("ruff", "check", ".")
     session.run("ruff", "format", "--check", ".")
-    session.run("codespell", "--skip", "*.txt,*.json,*.jsonl,*.svg", ".")
+    session.run("codespell", "--skip", "*.txt,*.json,*.jsonl,*.svg,./docs/_build", ".")
+    session.run("actionlint")
     session.run("zizmor", "--offline", "--no-progress", ".github")
+    session.run("python", ".ci/workflows.py")
 
 
 @nox.session
@@ -105,6 +107,13 @@ def engine(session: nox.Session) -> None:
 
 
 @nox.session
+def mutants(session: nox.Session) -> None:
+    """One-line sabotages of the product, in a copy; each must turn the tests named for it red."""
+    install_locked(session, "cpu")
+    session.run("python", ".ci/mutants.py", *session.posargs)
+
+
+@nox.session
 def gpu_tests(session: nox.Session) -> None:
     """Kernels and engines on one GPU."""
     install_gpu(session)
@@ -130,6 +139,23 @@ def bench(session: nox.Session) -> None:
     """Time every operation on one GPU, beside the caches of stock vLLM."""
     install_gpu(session)
     session.run("python", "packages/kvarn-core/benchmarks/bench_ops.py", *session.posargs)
+
+
+@nox.session
+def ab(session: nox.Session) -> None:
+    """Time this checkout against where it left another commit, in turns, on one GPU."""
+    install_gpu(session)
+    session.run("python", "packages/kvarn-core/benchmarks/ab.py", *session.posargs or ["main"])
+
+
+@nox.session
+def baseline(session: nox.Session) -> None:
+    """Time every operation and compare with what was accepted for this GPU, e.g. `-- h100`."""
+    install_gpu(session)
+    accepted = f"packages/kvarn-eval/baselines/{session.posargs[0]}.json"
+    bench = "packages/kvarn-core/benchmarks/bench_ops.py"
+    session.run("python", bench, "--full", "--out", "bench.json")
+    session.run("kvarn-eval", "compare", accepted, "bench.json")
 
 
 @nox.session
@@ -160,7 +186,7 @@ def wheels(session: nox.Session) -> None:
     """Build the three wheels and install each one alone with plain pip."""
     out = ROOT / "dist"
     shutil.rmtree(out, ignore_errors=True)
-    session.install("build", "hatchling")
+    session.install("--no-deps", "-r", "requirements/build.txt")
     for path in PACKAGES:
         session.run("python", "-m", "build", "--no-isolation", "--outdir", str(out), str(path))
     for module in ("kvarn_core", "kvarn_vllm", "kvarn_eval"):
@@ -187,7 +213,7 @@ def lock(session: nox.Session) -> None:
     session.install("uv")
     common = ["--universal", "--python-version=3.10", "--generate-hashes", "--quiet"]
     common += ["--no-header", "--no-annotate", "--no-emit-index-url"]
-    for name in ("lint", "docs", "cpu", "cuda"):
+    for name in ("lint", "build", "docs", "cpu", "cuda"):
         extra = ["--override=requirements/overrides.txt"] if name == "cpu" else []
         files = [f"requirements/{name}.in", "-o", f"requirements/{name}.txt"]
         session.run("uv", "pip", "compile", *common, *extra, *session.posargs, *files)

@@ -103,7 +103,10 @@ class Document:
             "suite_sha256": hashlib.sha256("\n".join(cases).encode()).hexdigest(),
             "started": self.started.isoformat(timespec="seconds"),
             "seconds": round(seconds, 1),
-            "command": [Path(sys.argv[0]).name, *sys.argv[1:]],
+            "command": [
+                Path(sys.argv[0]).name,
+                *(Path(w).name if Path(w).is_absolute() else w for w in sys.argv[1:]),
+            ],
             "git": git(),
             "environment": environment(),
             "model": {"name": "one attention layer", "weights_sha256": None, "dtype": "float16"},

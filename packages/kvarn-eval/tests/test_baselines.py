@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from kvarn_core import PRESETS
+from kvarn_core.rotation import rotate
 from kvarn_eval.baselines import METHODS, round_to_grid
 
 PRESET = PRESETS["kvarn_k4v2_g128"]
@@ -70,7 +71,8 @@ def test_the_methods_rank_as_known_under_channel_outliers() -> None:
 
 
 def test_kvarn_does_not_depend_on_scale() -> None:
-    key, value = tiles()
+    spread = torch.linspace(-2, 2, 128).exp2()  # of channels where tiles are normalised
+    key, value = (rotate(x * spread) for x in tiles())
     quantise = METHODS["kvarn"].quantise
     assert quantise is not None
     plain, tiny = quantise(key, value, PRESET), quantise(key / 32, value / 32, PRESET)

@@ -102,3 +102,5 @@ def test_solve_counts_right_answers() -> None:
     options = ("--items", "2", "--prompt-tokens", "400", "--questions", "4", "--rewrites", "0.5")
     status, printed, _ = run("solve", "recall", *options)
     assert (status, printed) == (0, "recall: 2 of 2 right (100.0 %)\n")
+    status, printed, _ = run("solve", "recall", "--json", *options)
+    assert json.loads(printed) == {"family": "recall", "items": 2, "right": 2}

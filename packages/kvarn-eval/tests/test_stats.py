@@ -10,6 +10,7 @@ from kvarn_eval.stats import (
     mean_interval,
     non_inferiority,
     ratio_samples,
+    speed_change,
 )
 
 
@@ -81,3 +82,29 @@ def test_mcnemar_is_the_exact_binomial(only_reference: int, only_tested: int, p:
 )
 def test_items_needed(discordant: float, margin: float, items: int) -> None:
     assert items_needed(discordant, margin) == pytest.approx(items, abs=1)
+
+
+@pytest.mark.parametrize(
+    ("base", "head", "higher", "loss", "verdict"),
+    [
+        ([100.0] * 5, [104.0] * 5, False, 0.04, Verdict.PASS),
+        ([100.0] * 5, [106.0] * 5, False, 0.06, Verdict.FAIL),
+        ([100.0] * 5, [94.0] * 5, False, -0.06, Verdict.PASS),
+        ([100.0] * 5, [94.0] * 5, True, 0.06, Verdict.FAIL),
+        ([100.0] * 5, [106.0] * 5, True, -0.06, Verdict.PASS),
+        ([100.0] * 5, [106.0] * 4, False, 0.06, Verdict.INCONCLUSIVE),
+        ([96.0, 98.0, 100.0, 102.0, 104.0], [107.0] * 5, False, 0.07, Verdict.PASS),  # 3 x noise
+        ([90.0, 96.0, 100.0, 104.0, 110.0], [120.0] * 5, False, 0.2, Verdict.INCONCLUSIVE),
+    ],
+)
+def test_speed_is_judged_three_ways(
+    base: list[float], head: list[float], higher: bool, loss: float, verdict: Verdict
+) -> None:
+    found = speed_change(base, head, 0.05, higher_is_better=higher)
+    assert found.loss == pytest.approx(loss)
+    assert found.verdict is verdict
+
+
+def test_a_speed_of_zero_is_refused() -> None:
+    with pytest.raises(ValueError, match="speed of zero"):
+        speed_change([1.0] * 5, [0.0] * 5, 0.05, higher_is_better=True)

@@ -4,7 +4,7 @@ This is the only definition of bytes and columns; encoders, kernels and the vLLM
 Standard library only. The order functions use plain integer operators, so they accept Python
 integers, numpy arrays and torch tensors alike.
 
-A *record* holds one K tile and one V tile (G tokens, one KV head):
+A *record* holds one K tile and one V tile (G tokens, one KV head)::
 
     k_codes  k_scale[D]          k_zero[D]   k_token_scale[G]
     v_codes  v_channel_scale[D]  v_scale[G]  v_zero[G]
@@ -12,7 +12,7 @@ A *record* holds one K tile and one V tile (G tokens, one KV head):
 with fp16 vectors. Codes lie in *fragment order*: the 16 bytes one lane of a warp loads are its
 registers A0..A3 of `mma.m16n8k16` for 16 / bits fragments, so unpacking is one AND per two codes.
 
-A *page table row* is a header followed by record pages:
+A *page table row* is a header followed by record pages::
 
     column 0      hit count: tiles taken from the prefix cache (a number, not a page)
     column 1      sink page: exact rows of the first tokens, or the null page

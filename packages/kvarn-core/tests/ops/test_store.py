@@ -6,7 +6,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kvarn_core.layout import SINK_COLUMN, RecordLayout
+from kvarn_core.layout import RING_COLUMN, SINK_COLUMN, RecordLayout, seal_phase
 from kvarn_core.ops.gather import gather
 from kvarn_core.ops.quantize import quantize
 from kvarn_core.ops.store import append, seal, write_sink
@@ -181,13 +181,21 @@ def test_a_step_writes_only_pages_of_its_requests(data: st.DataObject) -> None:
     assert_same_bits(paging.cache[others], before[others])
 
 
-def test_every_record_is_written_before_a_query_reads_it() -> None:
+@pytest.mark.parametrize("phase", [0, 1, 31, 62, 63])
+def test_every_record_is_written_before_a_query_reads_it(phase: int) -> None:
     total = 5 * SMALL.group
     key, value = _rows(SMALL, total)
-    for seed in range(6):  # other ring pages, other phases
-        paging = allocate(SMALL, [total], seed=seed)
+    for is_value in (False, True):
+        paging = allocate(SMALL, [total], seed=phase)
+        page = int(paging.page_table[0, RING_COLUMN])
+        layer = next(
+            layer
+            for layer in range(SMALL.group)
+            if seal_phase(page, layer, 0, is_value=is_value, group=SMALL.group) == phase
+        )
         for n in range(1, total + 1):
-            store_sequence(paging, 0, key[n - 1 : n], value[n - 1 : n], [1], start=n - 1)
+            row = slice(n - 1, n)
+            store_sequence(paging, 0, key[row], value[row], [1], start=n - 1, layer=layer)
             records = _records(paging, 0, n)
             unwritten = (records[:, :, -64:] == 0xFF).all(-1) | (records[:, :, :64] == 0xFF).all(-1)
             assert not unwritten.any(), n

@@ -1,4 +1,4 @@
-"""Command line: ``kvarn-eval demo | fidelity | throughput | solve | train | report``.
+"""Command line: ``kvarn-eval demo | fidelity | throughput | solve | train | report | compare``.
 
 Exit status: 0 all required gates pass, 1 one fails, 2 wrong usage, 3 the evidence does not decide.
 """
@@ -22,6 +22,7 @@ from rich.progress import (
     TimeElapsedColumn,
 )
 
+from kvarn_eval import cli_compare
 from kvarn_eval import report as reports
 from kvarn_eval.schema import Run
 
@@ -254,8 +255,11 @@ def solve(
     prompt_tokens: Annotated[int, typer.Option(help="Tokens per prompt.")] = 1536,
     questions: Annotated[int, typer.Option(help="Queries or steps per problem.")] = 32,
     rewrites: Annotated[float, typer.Option(help="Share of rows that rewrite a name.")] = 0.9,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the counts as JSON.")] = False,
 ) -> None:
     """Solve held-out problems with an exact cache, without a server; print the accuracy."""
+    import json
+
     from kvarn_eval.small_model.evaluate import exact_match
     from kvarn_eval.small_model.model import SmallModel
     from kvarn_eval.small_model.tasks import FAMILIES, make_item
@@ -276,7 +280,9 @@ def solve(
             )
             right += sum(exact_match(weights, [item]))
             progress(f"{family}, {right} right", seed + 1, items)
-    sys.stdout.write(f"{family}: {right} of {items} right ({100 * right / items:.1f} %)\n")
+    text = f"{family}: {right} of {items} right ({100 * right / items:.1f} %)"
+    counts = {"family": family, "items": items, "right": right}
+    sys.stdout.write((json.dumps(counts) if as_json else text) + "\n")
 
 
 @app.command()
@@ -306,18 +312,36 @@ def train(
 @app.command()
 def report(
     result: Annotated[Path, typer.Argument(help="result.json of an earlier run.", exists=True)],
+    others: Annotated[
+        list[Path] | None,
+        typer.Option(
+            "--with", help="Result of the same machine and model, for pareto.svg.", exists=True
+        ),
+    ] = None,
     out: Annotated[Path | None, typer.Option(help="Folder; that of the result by default.")] = None,
+    as_json: JsonOption = False,
 ) -> None:
     """Render an earlier result again; exits with its verdict."""
-    try:
-        run = Run.load(result)
-    except ValueError as error:
-        _fail_usage(f"{result} is not a result of this version: {error}")
-    folder = out or result.parent
+    runs = []
+    for path in (result, *(others or [])):
+        try:
+            runs.append(Run.load(path))
+        except ValueError as error:
+            _fail_usage(f"{path} is not a result of this version: {error}")
+    run, folder = runs[0], out or result.parent
     folder.mkdir(parents=True, exist_ok=True)
-    files = reports.render(run, folder)
+    try:
+        files = reports.render(run, folder, runs[1:])
+    except ValueError as error:
+        _fail_usage(str(error))
+    if as_json:
+        sys.stdout.write(run.model_dump_json(indent=1) + "\n")
     console.print(
         f"Written: {', '.join(str(file) for file in files)}", markup=False, soft_wrap=True
     )
     console.print(reports.headline(run), markup=False, soft_wrap=True)
     raise typer.Exit(run.verdict.exit_code)
+
+
+app.command()(cli_compare.compare)
+app.command()(cli_compare.baseline)

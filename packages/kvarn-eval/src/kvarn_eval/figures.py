@@ -13,8 +13,10 @@ mpl.use("Agg")
 
 from matplotlib import pyplot as plt
 
+from kvarn_eval.figures_serving import check_one_machine, draw_itl, draw_pareto
+
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
     from pathlib import Path
 
     from kvarn_eval.schema import Measurement, Run
@@ -29,7 +31,7 @@ STYLE: dict[str, Any] = {
 BASELINE = "flash-fp16"  # arm that kernel times are relative to
 
 
-def draw(run: Run, out: Path) -> list[Path]:
+def draw(run: Run, out: Path, others: Sequence[Run] = ()) -> list[Path]:
     """Draw every figure that the measurements of a run allow.
 
     Parameters
@@ -38,12 +40,20 @@ def draw(run: Run, out: Path) -> list[Path]:
         What to draw.
     out : Path
         Existing folder; files of the same name are replaced.
+    others : sequence of Run
+        Runs of the same machine and model that complete the figure of quality against speed.
 
     Returns
     -------
     list of Path
         Files written.
+
+    Raises
+    ------
+    ValueError
+        If `others` are of another machine or model.
     """
+    check_one_machine([run, *others])
     figures = []
     with mpl.rc_context(STYLE):
         for profile in _profiles(run):
@@ -53,6 +63,12 @@ def draw(run: Run, out: Path) -> list[Path]:
         if kernels := _kernels(run):
             figures.append(_draw_times(kernels, out))
             figures.append(_draw_bandwidth(kernels, out))
+        for name, drawn in (
+            ("pareto", draw_pareto([run, *others])),
+            ("itl_context", draw_itl(run)),
+        ):
+            if drawn is not None:
+                figures.append(_save(drawn, out / f"{name}.svg"))
     return figures
 
 

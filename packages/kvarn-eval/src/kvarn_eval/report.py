@@ -12,6 +12,7 @@ from rich.table import Table
 from kvarn_eval.schema import Unit, Verdict
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
     from pathlib import Path
 
     from kvarn_eval.schema import Measurement, Run
@@ -46,7 +47,7 @@ FEW_ARMS = 3  # up to here arms are columns
 MANY_NAMES = 16  # from here on too
 
 
-def render(run: Run, out: Path) -> list[Path]:
+def render(run: Run, out: Path, others: Sequence[Run] = ()) -> list[Path]:
     """Write `report.md` and the figures of a run.
 
     Parameters
@@ -55,6 +56,8 @@ def render(run: Run, out: Path) -> list[Path]:
         What to render.
     out : Path
         Existing folder; files of the same name are replaced.
+    others : sequence of Run
+        As in `figures.draw`.
 
     Returns
     -------
@@ -63,7 +66,7 @@ def render(run: Run, out: Path) -> list[Path]:
     """
     from kvarn_eval.figures import draw  # matplotlib, which a machine that only measures may lack
 
-    figures = draw(run, out)
+    figures = draw(run, out, others)
     report = out / "report.md"
     report.write_text(markdown(run, [figure.name for figure in figures]), encoding="utf-8")
     return [report, *figures]

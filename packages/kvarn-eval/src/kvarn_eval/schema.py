@@ -17,9 +17,12 @@ from datetime import datetime, timezone
 from enum import Enum
 from importlib import metadata
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from pydantic import BaseModel, ConfigDict, model_validator
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
 
 Scalar = str | int | float | bool | None  # fields of a context
 PACKAGES = (
@@ -62,6 +65,15 @@ class Verdict(str, Enum):
     def exit_code(self) -> int:
         """Exit status of the command: 0 pass, 1 fail, 3 inconclusive."""
         return {"pass": 0, "fail": 1, "inconclusive": 3}[self.value]
+
+    @classmethod
+    def worst(cls, found: Iterable[Verdict]) -> Verdict:
+        """The verdict of several required rules; inconclusive if there are none."""
+        kinds = set(found)
+        for verdict in (cls.FAIL, cls.INCONCLUSIVE, cls.PASS):
+            if verdict in kinds:
+                return verdict
+        return cls.INCONCLUSIVE
 
 
 class Strict(BaseModel):
@@ -193,11 +205,7 @@ class Run(Strict):
     @property
     def verdict(self) -> Verdict:
         """Worst verdict of the required gates; inconclusive if there are none."""
-        found = {gate.verdict for gate in self.gates if gate.required}
-        for verdict in (Verdict.FAIL, Verdict.INCONCLUSIVE):
-            if verdict in found:
-                return verdict
-        return Verdict.PASS if found else Verdict.INCONCLUSIVE
+        return Verdict.worst(gate.verdict for gate in self.gates if gate.required)
 
     def value(self, arm: str, name: str) -> float:
         """Median of the measurement `name` on `arm`; KeyError if there is none."""
@@ -284,11 +292,17 @@ def describe_run(suite: str, suite_sha256: str, model: Model) -> dict[str, objec
         "suite": suite,
         "suite_sha256": suite_sha256,
         "started": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        "command": [Path(sys.argv[0]).name, *sys.argv[1:]],
+        "command": portable_command(),
         "git": _git(),
         "environment": _environment(),
         "model": model,
     }
+
+
+def portable_command(words: list[str] | None = None) -> list[str]:
+    """A command, by default that of this process, without the folders of one machine."""
+    first, *rest = words or sys.argv
+    return [Path(first).name, *(Path(w).name if Path(w).is_absolute() else w for w in rest)]
 
 
 def _output(*command: str) -> str | None:

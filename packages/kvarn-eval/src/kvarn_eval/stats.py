@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from kvarn_eval.schema import Verdict
+from kvarn_eval.schema import Verdict, summary
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     Floats = NDArray[np.float64]
 
 RESAMPLES = 10_000
+MIN_SAMPLES = 5  # of each side; fewer say nothing about their own noise
 SEED = 20_260_603
 _CHUNK = 500  # resamples drawn at once; bounds memory
 
@@ -119,6 +120,55 @@ def non_inferiority(
     elif bound > -margin:
         verdict = Verdict.PASS
     return NonInferiority(mean, bound, verdict)
+
+
+@dataclass(frozen=True)
+class SpeedChange:
+    """Outcome of a noise-aware comparison; shares of the base median, losses positive."""
+
+    loss: float
+    noise: float
+    limit: float
+    verdict: Verdict
+
+
+def speed_change(
+    base: Sequence[float], head: Sequence[float], threshold: float, *, higher_is_better: bool
+) -> SpeedChange:
+    """Compare two sets of speed samples, three ways.
+
+    Parameters
+    ----------
+    base, head : sequence of float
+        Samples of each side, positive.
+    threshold : float
+        Smallest loss that matters, as a share of the base median.
+    higher_is_better : bool
+        True for rates, False for times.
+
+    Returns
+    -------
+    SpeedChange
+        Inconclusive if a side has fewer than `MIN_SAMPLES` samples or a noise (1.4826 times the
+        median absolute deviation over the median) above `threshold`; otherwise fail if the loss is
+        above the larger of `threshold` and three times the noise, else pass.
+
+    Raises
+    ------
+    ValueError
+        If a sample is not positive.
+    """
+    if min(*base, *head) <= 0:
+        raise ValueError("A speed of zero cannot be compared. Measure again.")
+    (middle, spread), (other, other_spread) = summary(list(base)), summary(list(head))
+    change = other / middle - 1
+    loss = -change if higher_is_better else change
+    noise = max(spread / middle, other_spread / other)
+    limit = max(threshold, 3 * noise)
+    verdict = Verdict.FAIL if loss > limit else Verdict.PASS
+    if noise > threshold or min(len(base), len(head)) < MIN_SAMPLES:
+        verdict = Verdict.INCONCLUSIVE
+    return SpeedChange(loss, noise, limit, verdict)
 
 
 def mcnemar(only_reference: int, only_tested: int) -> float:

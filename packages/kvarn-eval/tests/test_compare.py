@@ -1,0 +1,269 @@
+"""Every verdict of a comparison: green on equal sides, red on injected losses, else undecided."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+from kvarn_eval.compare import Comparison, compare
+from kvarn_eval.compare_report import headline
+from kvarn_eval.schema import Arm, Model, Run, Unit, Verdict, describe_run, measure
+from kvarn_eval.sides import Document, pool
+
+sys.path.insert(0, str(Path(__file__).parent))
+from injected import OURS, RECORDED, RESULTS, scaled, set_samples, write, write_answers
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+CASE = "decode.b32.n16384"
+NOISY = (0.7, 0.85, 1.0, 1.15, 1.3)
+ONE_PER_CENT = (0.98, 0.9934, 1.0, 1.0066, 1.02)  # MAD 0.66 %, noise 1 %
+
+
+def sides(base: Path, head: Path, margin: float | None = None) -> Comparison:
+    return compare(pool([Document.load(base)]), pool([Document.load(head)]), margin)
+
+
+def judged(comparison: Comparison, name: str = CASE, arm: str = OURS) -> Verdict:
+    return next(c.verdict for c in comparison.changes if (c.name, c.arm) == (name, arm))
+
+
+def other_gpu(data: dict[str, Any]) -> None:
+    data["environment"]["gpus"][0]["name"] = "NVIDIA H200"
+
+
+def slow_clock(data: dict[str, Any]) -> None:
+    data["environment"]["gpus"][0]["sm_clock_mhz"] = 1410
+
+
+def other_torch(data: dict[str, Any]) -> None:
+    data["environment"]["packages"]["torch"] = "2.12.0"
+
+
+def newer_kvarn(data: dict[str, Any]) -> None:
+    data["environment"]["packages"]["kvarn-core"] = "0.2.0"
+    data["git"]["sha"] = "0" * 40
+
+
+@pytest.mark.parametrize(
+    ("changes", "verdict"),
+    [
+        pytest.param([], Verdict.PASS, id="equal"),
+        pytest.param([newer_kvarn], Verdict.PASS, id="another version of ours"),
+        pytest.param([scaled(CASE, OURS, 1.10)], Verdict.FAIL, id="10 % slower"),
+        pytest.param([scaled(CASE, OURS, 0.80)], Verdict.PASS, id="20 % faster"),
+        pytest.param([scaled(CASE, OURS, 1.02, ONE_PER_CENT)], Verdict.PASS, id="2 %, noise 1 %"),
+        pytest.param([scaled(CASE, OURS, 1.10, NOISY)], Verdict.INCONCLUSIVE, id="noise 22 %"),
+        pytest.param([scaled(CASE, OURS, 1.10, (1.0,) * 4)], Verdict.INCONCLUSIVE, id="4 samples"),
+        pytest.param([other_gpu], Verdict.INCONCLUSIVE, id="another GPU"),
+        pytest.param([slow_clock], Verdict.INCONCLUSIVE, id="a lower clock"),
+        pytest.param([other_torch], Verdict.INCONCLUSIVE, id="another torch"),
+        pytest.param(
+            [scaled(CASE, OURS, 1.10), other_gpu], Verdict.INCONCLUSIVE, id="slower on another GPU"
+        ),
+        pytest.param(
+            [scaled(CASE, OURS, 1.10), scaled(CASE, "flash-fp16", 1.10)],
+            Verdict.INCONCLUSIVE,
+            id="slower as its control is",
+        ),
+        pytest.param(
+            [scaled("read", "memory", 0.9)], Verdict.INCONCLUSIVE, id="less memory bandwidth"
+        ),
+    ],
+)
+def test_kernel_times(
+    changes: list[Callable[[dict[str, Any]], None]], verdict: Verdict, tmp_path: Path
+) -> None:
+    found = sides(RECORDED, write(tmp_path / "head.json", *changes))
+    assert judged(found) is verdict
+    assert found.verdict is verdict
+
+
+def test_a_loss_in_one_case_decides_over_many_passes(tmp_path: Path) -> None:
+    found = sides(RECORDED, write(tmp_path / "head.json", scaled("seal.step.b32", OURS, 1.06)))
+    assert judged(found) is Verdict.PASS
+    assert judged(found, "seal.step.b32") is Verdict.FAIL
+    assert found.verdict is Verdict.FAIL
+
+
+def test_a_slower_control_beside_nothing_slower_withholds_that_case_only(tmp_path: Path) -> None:
+    found = sides(RECORDED, write(tmp_path / "head.json", scaled(CASE, "flash-fp16", 1.2)))
+    assert judged(found) is Verdict.INCONCLUSIVE
+    assert judged(found, "decode.b8.n4096") is Verdict.PASS
+
+
+def test_pooled_runs_show_the_noise_between_processes(tmp_path: Path) -> None:
+    first = write(tmp_path / "a.json", scaled(CASE, OURS, 1.0))
+    second = write(tmp_path / "b.json", scaled(CASE, OURS, 1.3))
+    base = pool([Document.load(first), Document.load(second)])
+    head = pool([Document.load(write(tmp_path / "c.json", scaled(CASE, OURS, 1.2)))])
+    found = compare(base, head)
+    assert judged(found) is Verdict.INCONCLUSIVE
+    change = next(c for c in found.changes if (c.name, c.arm) == (CASE, OURS))
+    assert change.samples == (10, 5)
+
+
+RATES = [1000.0, 1001.0, 999.0, 1000.5, 999.5]
+
+
+def serving(path: Path, rate: float, tail: float, ttft: float = 1.0, prefill: float = 1.0) -> Path:
+    """A result of a served model, with these factors on its speeds; prefill is measured once."""
+    speeds = {
+        "decode_equal": (Unit.TOKENS_PER_SECOND, "higher", rate),
+        "decode_equal.step_p99": (Unit.SECONDS, "lower", tail),
+        "ttft_p50": (Unit.SECONDS, "lower", ttft),
+    }
+    measurements = [
+        measure(name, "kvarn", unit, [factor * x for x in RATES], better=better)
+        for name, (unit, better, factor) in speeds.items()
+    ]
+    once = [8000.0 * prefill]
+    measurements.append(measure("prefill", "kvarn", Unit.TOKENS_PER_SECOND, once, better="higher"))
+    model = Model(name="m", weights_sha256=None, dtype="float16")
+    fields = {"seconds": 1.0, "measurements": measurements, "gates": [],
+              "arms": {"kvarn": Arm(kv_cache_dtype=OURS)}}  # fmt: skip
+    Run.model_validate({**describe_run("throughput", "0" * 64, model), **fields}).save(path)
+    return path
+
+
+@pytest.mark.parametrize(
+    ("rate", "tail", "verdict"),
+    [
+        (1.0, 1.0, Verdict.PASS),
+        (0.98, 1.07, Verdict.PASS),
+        (0.96, 1.0, Verdict.FAIL),
+        (1.2, 1.0, Verdict.PASS),
+        (1.0, 1.09, Verdict.FAIL),
+    ],
+)
+def test_rates_and_tails_of_a_served_model(
+    rate: float, tail: float, verdict: Verdict, tmp_path: Path
+) -> None:
+    base = serving(tmp_path / "base.json", 1.0, 1.0)
+    found = sides(base, serving(tmp_path / "head.json", rate, tail, ttft=2.0))
+    assert found.verdict is verdict
+    judged_names = {change.name for change in found.changes}
+    assert judged_names == {"decode_equal", "decode_equal.step_p99", "prefill"}
+
+
+@pytest.mark.parametrize(
+    ("runs", "verdict"), [(1, Verdict.PASS), (4, Verdict.PASS), (5, Verdict.FAIL)]
+)
+def test_what_a_run_measures_once_decides_from_five_runs_on(
+    runs: int, verdict: Verdict, tmp_path: Path
+) -> None:
+    both = []
+    for side, factor in (("base", 1.0), ("head", 0.9)):
+        paths = [tmp_path / f"{side}{number}.json" for number in range(runs)]
+        documents = [Document.load(serving(path, 1.0, 1.0, prefill=factor)) for path in paths]
+        both.append(pool(documents))
+    found = compare(*both)
+    assert found.verdict is verdict
+    assert judged(found, "prefill", "kvarn") is (
+        Verdict.FAIL if runs == 5 else Verdict.INCONCLUSIVE
+    )
+    assert ("undecided" in headline(found)) == (runs < 5)
+
+
+def grow_kld(factor: float, arm: str = "kvarn") -> Callable[[dict[str, Any]], None]:
+    return scaled("plain.kld_mean", arm, factor, (1.0,))
+
+
+@pytest.mark.parametrize(
+    ("change", "verdict"),
+    [
+        (grow_kld(1.0), Verdict.PASS),
+        (grow_kld(1.04), Verdict.PASS),
+        (grow_kld(1.06), Verdict.FAIL),
+        (grow_kld(0.5), Verdict.PASS),
+        (grow_kld(2.0, "paper"), Verdict.PASS),
+        (grow_kld(2.0, "kvarn, no sink"), Verdict.PASS),
+    ],
+)
+def test_divergence(change: Any, verdict: Verdict, tmp_path: Path) -> None:
+    base = RESULTS / "fidelity" / "result.json"
+    found = sides(base, write(tmp_path / "head.json", change, source=base))
+    assert found.verdict is verdict
+    assert {c.arm for c in found.changes} == {"kvarn"}
+
+
+def shrink(name: str, pages: int) -> Callable[[dict[str, Any]], None]:
+    def change(data: dict[str, Any]) -> None:
+        for m in data["measurements"]:
+            if (m["name"], m["arm"]) == (name, "kvarn"):
+                set_samples(m, [m["median"] - 128 * pages])
+
+    return change
+
+
+@pytest.mark.parametrize(("pages", "verdict"), [(0, Verdict.PASS), (1, Verdict.FAIL)])
+def test_capacity_of_a_given_cache_is_exact(pages: int, verdict: Verdict, tmp_path: Path) -> None:
+    base = RESULTS / "demo" / "result.json"
+    copy_answers(base.parent, tmp_path)
+    head = write(tmp_path / "head.json", shrink("pool_tokens", pages), source=base)
+    found = sides(base, head)
+    assert judged(found, "pool_tokens", "kvarn") is verdict
+    assert judged(found, "accuracy", "kvarn") is Verdict.PASS
+    assert found.verdict is verdict
+
+
+def copy_answers(source: Path, target: Path) -> None:
+    for file in source.glob("answers-*.jsonl"):
+        (target / file.name).write_bytes(file.read_bytes())
+
+
+def lose(lost: int, won: int, items: int) -> tuple[list[bool], list[bool]]:
+    """Answers before and after."""
+    before = [True] * lost + [False] * won + [True] * (items - lost - won)
+    after = [False] * lost + [True] * won + [True] * (items - lost - won)
+    return before, after
+
+
+@pytest.mark.parametrize(
+    ("lost", "won", "items", "margin", "verdict"),
+    [
+        pytest.param(0, 0, 200, None, Verdict.PASS, id="equal"),
+        pytest.param(50, 10, 2000, None, Verdict.FAIL, id="2 points lost on 2,000"),
+        pytest.param(4, 3, 200, None, Verdict.INCONCLUSIVE, id="half a point lost on 200"),
+        pytest.param(2, 0, 200, 0.02, Verdict.INCONCLUSIVE, id="1 point lost on 200, margin 2"),
+        pytest.param(2, 0, 200, 0.05, Verdict.PASS, id="1 point lost on 200, margin 5"),
+    ],
+)
+def test_accuracy(
+    lost: int, won: int, items: int, margin: float | None, verdict: Verdict, tmp_path: Path
+) -> None:
+    before, after = lose(lost, won, items)
+    paths = []
+    for side, right in (("base", before), ("head", after)):
+        answers = [("recall", seed, value) for seed, value in enumerate(right)]
+        arms = {"fp16": [("recall", s, True) for s in range(items)], "kvarn": answers}
+        paths.append(write_answers(tmp_path / side / "result.json", arms))
+    found = sides(*paths, margin)
+    assert found.verdict is verdict
+    control = next(c for c in found.changes if c.arm == "fp16")
+    assert not control.required
+
+
+def test_two_sides_without_anything_that_decides_are_undecided(tmp_path: Path) -> None:
+    def controls_only(data: dict[str, Any]) -> None:
+        data["measurements"] = [m for m in data["measurements"] if m["arm"] != OURS]
+        data["arms"].pop(OURS)
+        data["gates"] = []
+
+    paths = [write(tmp_path / f"{side}.json", controls_only) for side in ("base", "head")]
+    assert sides(*paths).verdict is Verdict.INCONCLUSIVE
+
+
+def test_accuracy_without_answers_is_undecided(tmp_path: Path) -> None:
+    answers = {"kvarn": [("recall", seed, True) for seed in range(9)]}
+    paths = [
+        write_answers(tmp_path / side / "result.json", answers, keep=False)
+        for side in ("base", "head")
+    ]
+    found = sides(*paths)
+    assert found.verdict is Verdict.INCONCLUSIVE
+    assert "no answers were kept" in found.changes[0].reason
