@@ -1,6 +1,6 @@
-"""The CUDA C++ of quantize and store compiles, spills nothing and occupies what the table says.
+"""All CUDA C++ compiles, spills nothing and occupies what the table says.
 
-The table `golden/resources_encoder.json` is written by this file: run it as a program. A change of
+The table `golden/resources_cuda.json` is written by this file: run it as a program. A change of
 a row is a change of speed somewhere; look at it before committing.
 """
 
@@ -23,16 +23,19 @@ pytest.importorskip("triton", reason="reads machine code; the package triton bri
 if missing := nvrtc.obstacle():
     pytest.skip(f"compiles CUDA C++; {missing} is missing", allow_module_level=True)
 
+from kvarn_core.ops.decode import cuda as decode
 from kvarn_core.ops.quantize import cuda as quantize
 from kvarn_core.ops.store import cuda as store
 
 pytestmark = pytest.mark.compile
 
-TABLE = Path(__file__).parent / "golden" / "resources_encoder.json"
+TABLE = Path(__file__).parent / "golden" / "resources_cuda.json"
 REGISTER_FILE, PROCESSOR_SHARED_BYTES = 65536, 228 * 1024  # of which each CTA costs 1 KiB more
 TOLERANCE = 0.08  # registers and instructions move a little with unrelated edits
-# every form that differs in kind; the others are like one of these with less to hold
+# all of decode; of the encoder every form that differs in kind, the others are like one of these with
+# less to hold
 NAMES = [
+    *(variant.name for variant in decode.variants()),
     "quantize-k4v2_g128-d128-kvarn",
     *(f"rows-k4v2_g128-d{dim}-fp16" for dim in (64, 128, 256)),
     *(f"rows-k4v2_g128-d128-{dtype}" for dtype in ("bf16", "fp32")),
@@ -46,7 +49,7 @@ NAMES = [
 
 
 def _variant(name: str) -> nvrtc.Variant:
-    return next(v for op in (quantize, store) for v in op.variants() if v.name == name)
+    return next(v for op in (decode, quantize, store) for v in op.variants() if v.name == name)
 
 
 def _resources(variant: nvrtc.Variant) -> dict[str, int]:
