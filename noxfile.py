@@ -16,7 +16,7 @@ import nox
 nox.needs_version = ">=2025.5.1"
 nox.options.default_venv_backend = "uv"
 nox.options.reuse_venv = "yes"
-nox.options.sessions = ["lint", "types", "tests", "interpret", "compile", "engine"]
+nox.options.sessions = ["lint", "types", "tests", "interpret", "compile", "emulate", "engine"]
 
 ROOT = Path(__file__).parent
 PACKAGES = [ROOT / "packages" / name for name in ("kvarn-core", "kvarn-vllm", "kvarn-eval")]
@@ -71,10 +71,10 @@ def types(session: nox.Session) -> None:
 
 @nox.session
 def tests(session: nox.Session) -> None:
-    """Everything that needs neither a GPU, nor a running engine, nor Triton."""
+    """Everything that needs neither a GPU, nor a running engine, nor a kernel."""
     install_locked(session, "cpu")
     arguments = session.posargs or ["packages", "-n", "2"]
-    marked = "not engine and not gpu and not kernel and not compile"
+    marked = "not engine and not gpu and not kernel and not compile and not emulate"
     session.run("pytest", "-m", marked, *arguments, env={"OMP_NUM_THREADS": "1"})
 
 
@@ -89,13 +89,22 @@ def interpret(session: nox.Session) -> None:
 
 @nox.session
 def compile(session: nox.Session) -> None:
-    """The Triton kernels compiled for GPUs, without one: no spills, resources as in the table."""
+    """All kernels compiled for GPUs, without one: no spills, resources as in the tables."""
     install_locked(session, "cpu")
     if session.posargs == ["rewrite"]:
-        session.run("python", "packages/kvarn-core/tests/test_compile.py")
+        for test in ("test_compile", "test_compile_cuda"):
+            session.run("python", f"packages/kvarn-core/tests/{test}.py")
         return
     arguments = session.posargs or ["packages", "-n", "2"]
     session.run("pytest", "-m", "compile", *arguments, env={"OMP_NUM_THREADS": "1"})
+
+
+@nox.session
+def emulate(session: nox.Session) -> None:
+    """The CUDA C++ kernels at small sizes, built as C++ and run by an emulator on the CPU."""
+    install_locked(session, "cpu")
+    arguments = session.posargs or ["packages", "-n", "2"]
+    session.run("pytest", "-m", "emulate and not gpu", *arguments, env={"OMP_NUM_THREADS": "1"})
 
 
 @nox.session
