@@ -11,8 +11,8 @@ import argparse
 
 def main() -> None:
     """Parse the options of ``vllm bench serve`` and do it."""
-    from vllm.benchmarks.serve import add_cli_args
-    from vllm.benchmarks.serve import main as serve
+    from vllm.benchmarks.serve import add_cli_args  # noqa: TID251
+    from vllm.benchmarks.serve import main as serve  # noqa: TID251
 
     parser = argparse.ArgumentParser(description=__doc__)
     add_cli_args(parser)

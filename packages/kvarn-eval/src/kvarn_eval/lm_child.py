@@ -43,7 +43,10 @@ def check(plan: dict[str, Any]) -> dict[str, Any]:
     task = manager(plan).load([plan["task"]])["tasks"][plan["task"]]
     task.build_all_requests(samples=items(plan), rank=0, world_size=1)
     tokenizer = Tokenizer.from_file(str(Path(plan["tokenizer"]) / "tokenizer.json"))
-    counts = [len(tokenizer.encode(str(found.args[0])).ids) for found in task.instances]
+    counts = [
+        len(tokenizer.encode(str(found.args[0]), add_special_tokens=False).ids)
+        for found in task.instances
+    ]
     documents = json.dumps([found.doc for found in task.instances], sort_keys=True, default=str)
     return {
         "prompt_tokens": counts,

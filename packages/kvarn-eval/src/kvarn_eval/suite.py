@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import sys
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, ValidationError, model_validator
 
@@ -95,7 +95,7 @@ class Scenario(Strict):
     output_tokens: list[int] = Field(min_length=1)
     requests: int = Field(0, ge=0)
     fill: Literal["reference", "own"] = "reference"
-    rates: tuple[float, ...] = ()
+    rates: tuple[Annotated[float, Field(gt=0, allow_inf_nan=True)], ...] = ()
     min_hit_share: float = 0.98
     """Of `primed`: share of prompt tokens that must come out of the prefix cache."""
 
