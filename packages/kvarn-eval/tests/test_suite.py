@@ -105,5 +105,14 @@ def test_some_arms_take_their_limits_with_them() -> None:
         suite.only(["fp16"])
 
 
+def test_some_scenarios_take_their_limits_with_them() -> None:
+    suite = load_suite("qwen3-32b-tp2").sending(["primed-equal"])
+    assert [s.name for s in suite.scenarios] == ["primed-equal"]
+    quantities = {limit.quantity.partition(".")[0] for limit in suite.limits}
+    assert quantities == {"pool_tokens", "requests_that_fit", "plain", "primed-equal"}
+    with pytest.raises(ValueError, match="no scenario primed"):
+        suite.sending(["primed"])
+
+
 def test_options_become_arguments() -> None:
     assert command_line({"a": 1, "b": True, "c": False}) == ("--a", "1", "--b")

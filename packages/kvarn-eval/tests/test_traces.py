@@ -43,4 +43,4 @@ def test_scores_survive_the_disk(tmp_path: Path) -> None:
 
 
 def test_scoring_reads_the_cache_as_decoding_does() -> None:
-    assert traces.scoring_options(128, 4)["long-prefill-token-threshold"] == 128
+    assert traces.scoring_options(128)["long-prefill-token-threshold"] == 128

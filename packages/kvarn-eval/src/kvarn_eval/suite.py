@@ -216,6 +216,22 @@ class Suite(Strict):
         kept = {name: arm for name, arm in self.arms.items() if name in arms}
         return self.model_copy(update={"arms": kept, "limits": tuple(limits)})
 
+    def sending(self, names: list[str]) -> Suite:
+        """The suite with some of its scenarios; limits on the others go with them.
+
+        Raises
+        ------
+        ValueError
+            If a scenario is unknown.
+        """
+        known = [scenario.name for scenario in self.scenarios]
+        if unknown := set(names) - set(known):
+            raise ValueError(f"There is no scenario {min(unknown)}. Choose of {', '.join(known)}.")
+        dropped = set(known) - set(names)
+        kept = tuple(scenario for scenario in self.scenarios if scenario.name in names)
+        limits = tuple(x for x in self.limits if x.quantity.partition(".")[0] not in dropped)
+        return self.model_copy(update={"scenarios": kept, "limits": limits})
+
     def options(self, arm: str) -> dict[str, Option]:
         """Options of the server of an arm, apart from model and address."""
         served = self.arms[arm]

@@ -117,6 +117,7 @@ class Setup:
             "profile": profile,
             "options": list(command_line(self.options(arm))),
             "parts": list(self.parts),
+            "scenarios": [scenario.name for scenario in self.suite.scenarios],
             "gpus": [gpu.name for gpu in find_gpus()],
         }
 
@@ -281,8 +282,7 @@ def _score(
     progress: Progress,
 ) -> dict[str, Any]:
     """Divergence on the reference's texts; of the reference itself, the floor."""
-    seqs = int(setup.suite.server["max-num-seqs"])
-    options = setup.options(arm) | traces.scoring_options(setup.group, seqs)
+    options = setup.options(arm) | traces.scoring_options(setup.group)
     folder = setup.folder(profile, arm)
     texts = traces.load_texts(setup.out / f"texts-{profile}.json")
     stored = setup.folder(profile, setup.suite.reference)

@@ -25,6 +25,9 @@ def run(
     arms: Annotated[
         str | None, typer.Option(help="Only these arms, the reference among them.")
     ] = None,
+    scenario: Annotated[
+        list[str] | None, typer.Option(help="Only this scenario; repeatable.")
+    ] = None,
     load_format: Annotated[str, typer.Option(help="dummy: random weights.")] = "auto",
     tensor_parallel: Annotated[
         int | None, typer.Option(min=1, help="Ranks; those of the suite by default.")
@@ -46,6 +49,8 @@ def run(
         loaded = load_suite(suite)
         if arms is not None:
             loaded = loaded.only(arms.split(","))
+        if scenario:
+            loaded = loaded.sending(scenario)
     except ValueError as error:
         cli._fail_usage(str(error))
     if items is not None:

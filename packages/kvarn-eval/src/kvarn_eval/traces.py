@@ -52,11 +52,12 @@ class Divergences:
         return asdict(self)
 
 
-def scoring_options(group: int, seqs: int) -> dict[str, Option]:
-    """Server options for scoring: prefill in chunks of one tile."""
+def scoring_options(group: int) -> dict[str, Option]:
+    """Server options for scoring: prefill in chunks of one tile, a few texts at once."""
     return {
         "long-prefill-token-threshold": group,
-        "max-num-batched-tokens": group * seqs,
+        "max-num-batched-tokens": group * AT_ONCE,
+        "max-num-seqs": AT_ONCE,
         "max-logprobs": logprobs.TOP,
     }
 
