@@ -27,6 +27,8 @@ ENGINE_ENV = {
     "VLLM_CPU_OMP_THREADS_BIND": "nobind",
     "OMP_WAIT_POLICY": "PASSIVE",
 }
+# suites and the GPUs that they need
+SUITES = {"smoke": 0, "rehearsal": 0, "sensitivity": 0, "small-model": 1, "qwen3-32b-tp2": 2}
 OFFLINE_ENV = {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1"}
 
 
@@ -47,6 +49,18 @@ def install_gpu(session: nox.Session) -> None:
     if not has_gpu():
         session.skip(f"{session.name} needs one NVIDIA GPU, and this machine has none")
     install_locked(session, "cuda")
+
+
+def install_wheels(session: nox.Session, lock: str) -> None:
+    """Install one lock file, exactly, and the three packages as built wheels."""
+    session.env["UV_HTTP_TIMEOUT"] = "300"
+    session.env.update(OFFLINE_ENV)
+    session.install("--no-deps", "-r", f"requirements/{lock}.txt")
+    with tempfile.TemporaryDirectory() as folder:
+        for path in PACKAGES:
+            session.run("uv", "build", "--wheel", "--quiet", "-o", folder, str(path), external=True)
+        wheels = [str(wheel) for wheel in Path(folder).glob("*.whl")]
+        session.install("--no-deps", "--reinstall", *wheels)
 
 
 @nox.session
@@ -181,6 +195,37 @@ def fidelity(session: nox.Session) -> None:
     """Log-probability distance of every cache format from fp16, on the small model."""
     install_locked(session, "cpu")
     session.run("kvarn-eval", "fidelity", *session.posargs, env={"OMP_WAIT_POLICY": "PASSIVE"})
+
+
+@nox.session
+@nox.parametrize("suite", list(SUITES))
+def gate(session: nox.Session, suite: str) -> None:
+    """A suite from end to end, on built wheels: `nox -s "gate(suite='smoke')"`."""
+    gpu, needed = has_gpu(), SUITES[suite]
+    if needed and not gpu:
+        session.error(f"suite {suite} needs {needed} NVIDIA GPUs, and this machine has none")
+    install_wheels(session, "cuda" if gpu else "cpu")
+    arguments = ["--out", f"results/{suite}", *session.posargs]
+    if "--model" not in arguments and suite != "qwen3-32b-tp2":
+        arguments += ["--model", "packages/kvarn-eval/models/small"]
+    session.run("kvarn-eval", "run", suite, *arguments, env={} if gpu else ENGINE_ENV)
+
+
+@nox.session
+def soak(session: nox.Session) -> None:
+    """Hours of requests that come, are cut off and preempt each other; one GPU."""
+    install_gpu(session)
+    arguments = session.posargs or ["packages/kvarn-vllm/tests/gpu/test_soak.py"]
+    session.run("pytest", "-m", "gpu and slow", "--require-gpu", *arguments)
+
+
+@nox.session
+def report(session: nox.Session) -> None:
+    """Render earlier results again: `nox -s report -- RESULT.json`."""
+    if not session.posargs:
+        session.error("report needs a result: nox -s report -- results/smoke/result.json")
+    install_locked(session, "cpu")
+    session.run("kvarn-eval", "report", *session.posargs)
 
 
 @nox.session

@@ -30,6 +30,10 @@ vllm:cache_config_info{{block_size="128",cache_dtype="{options.kv_cache_dtype or
 kv_cache_memory_bytes="{options.kv_cache_memory_bytes}",\
 num_gpu_blocks="{6472 if compressed else 1365}"}} 1.0
 vllm:num_preemptions_total{{engine="0"}} 0.0
+vllm:prefix_cache_hits_total{{engine="0"}} 0.0
+vllm:prefix_cache_queries_total{{engine="0"}} 0.0
+vllm:num_requests_running{{engine="0"}} 1.0
+vllm:kv_cache_usage_perc{{engine="0"}} 0.25
 """
 
 

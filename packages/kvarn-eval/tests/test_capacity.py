@@ -40,8 +40,13 @@ def test_pages_held_by_a_request(cache_dtype: str, tokens: int, held: int) -> No
     assert pool(cache_dtype, 7 * held).requests(tokens, 128) == 6  # one page is the null block
 
 
-def test_a_server_without_a_cache_size_is_refused() -> None:
+def test_a_server_that_was_not_told_a_size_has_tokens_but_no_density() -> None:
+    found = pool("auto", 10, "None")
+    assert found.tokens == 1280
     with pytest.raises(ValueError, match="--kv-cache-memory-bytes"):
-        pool("auto", 10, "None")
+        _ = found.tokens_per_gib
+
+
+def test_a_server_that_does_not_report_its_cache_is_refused() -> None:
     with pytest.raises(KeyError, match="cache_config_info"):
         Pool.from_metrics([])

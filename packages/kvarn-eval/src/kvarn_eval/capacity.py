@@ -23,15 +23,15 @@ class Pool:
         Pages (vLLM blocks).
     page_size : int
         Tokens per page.
-    cache_bytes : int
-        Bytes of the whole cache.
+    cache_bytes : int or None
+        Bytes of the cache of one rank, if the server was told; None if it took what was free.
     cache_dtype : str
         The server's KV cache dtype.
     """
 
     pages: int
     page_size: int
-    cache_bytes: int
+    cache_bytes: int | None
     cache_dtype: str
 
     @property
@@ -41,7 +41,11 @@ class Pool:
 
     @property
     def tokens_per_gib(self) -> float:
-        """Tokens per GiB of cache."""
+        """Tokens per GiB of cache; ValueError if its size is unknown."""
+        if self.cache_bytes is None:
+            raise ValueError(
+                "The size of the server's cache is unknown. Start it with --kv-cache-memory-bytes."
+            )
         return self.tokens * GIB / self.cache_bytes
 
     def requests(self, num_tokens: int, head_dim: int) -> int:
@@ -62,21 +66,16 @@ class Pool:
         ------
         KeyError
             If the server does not report its cache.
-        ValueError
-            If it was started without ``--kv-cache-memory-bytes``: its size is then unknown.
         """
         infos = [metric.labels for metric in metrics if metric.name == "vllm:cache_config_info"]
         if not infos:
             raise KeyError("The server reports no metric 'vllm:cache_config_info'.")
         info = infos[0]
-        if not info["kv_cache_memory_bytes"].isdecimal():
-            raise ValueError(
-                "The size of the server's cache is unknown. Start it with --kv-cache-memory-bytes."
-            )
+        size = info["kv_cache_memory_bytes"]
         return cls(
             pages=int(info["num_gpu_blocks"]),
             page_size=int(info["block_size"]),
-            cache_bytes=int(info["kv_cache_memory_bytes"]),
+            cache_bytes=int(size) if size.isdecimal() else None,
             cache_dtype=info["cache_dtype"],
         )
 

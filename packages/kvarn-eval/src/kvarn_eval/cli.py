@@ -1,4 +1,4 @@
-"""Command line: ``kvarn-eval demo | fidelity | throughput | solve | train | report | compare``.
+"""Command line: ``kvarn-eval demo | run | fidelity | throughput | compare | report | train | ...``.
 
 Exit status: 0 all required gates pass, 1 one fails, 2 wrong usage, 3 the evidence does not decide.
 """
@@ -25,12 +25,14 @@ from rich.progress import (
 from kvarn_eval import cli_compare
 from kvarn_eval import report as reports
 from kvarn_eval.schema import Run
+from kvarn_eval.suite_cli import run
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, help=__doc__, rich_markup_mode=None)
 console = Console(stderr=True)
+app.command()(run)
 
 SMALL_MODEL = Path(__file__).parents[2] / "models" / "small"
 

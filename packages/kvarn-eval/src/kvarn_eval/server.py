@@ -147,7 +147,7 @@ def serve(
         If the server ends or does not become ready in time; the message holds the end of its log.
     """
     port = free_port()
-    name = "small"
+    name = "model"
     address = ["--model", config.model, "--served-model-name", name]
     address += ["--host", "127.0.0.1", "--port", str(port)]
     environment = {**os.environ, **OFFLINE, **config.environment}
@@ -191,6 +191,35 @@ def child(
             yield process
         finally:
             _stop(process)
+
+
+def run_child(
+    what: str, command: Sequence[str], log: Path, environment: dict[str, str], seconds: float
+) -> None:
+    """Run a program to its end.
+
+    Parameters
+    ----------
+    what : str
+        Name of the program in messages.
+    command, log, environment
+        As in `child`.
+    seconds : float
+        A program that takes longer is ended.
+
+    Raises
+    ------
+    RuntimeError
+        If it fails or takes too long; the message holds the end of its log.
+    """
+    with child(command, log, environment) as process:
+        try:
+            status = process.wait(timeout=seconds)
+        except subprocess.TimeoutExpired:
+            status = None
+    if status != 0:
+        how = "took too long" if status is None else f"ended with status {status}"
+        raise RuntimeError(f"{what} {how}. Its log, {log}, ends with:\n{tail(log)}")
 
 
 def _await(server: Server, seconds: float, progress: Callable[[str], None]) -> None:

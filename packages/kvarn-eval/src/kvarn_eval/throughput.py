@@ -13,7 +13,6 @@ import hashlib
 import json
 import os
 import re
-import subprocess
 import sys
 import time
 from dataclasses import dataclass, field
@@ -27,7 +26,7 @@ from kvarn_eval.schema import (
     describe_run,
     find_gpus,
 )
-from kvarn_eval.server import OFFLINE, child, tail
+from kvarn_eval.server import OFFLINE, run_child
 from kvarn_eval.throughput_gates import REFERENCE, TESTED, gates, measurements
 
 if TYPE_CHECKING:
@@ -175,14 +174,8 @@ def measure_arm(
     plan_file.write_text(json.dumps(plan, indent=1), encoding="utf-8")
     raw.unlink(missing_ok=True)
     environment = {**os.environ, **OFFLINE, **settings.environment}
-    with child([*command, str(plan_file), str(raw)], log, environment) as process:
-        try:
-            status = process.wait(timeout=settings.arm_seconds)
-        except subprocess.TimeoutExpired:
-            status = None
-    if status != 0 or not raw.exists():
-        what = "took too long" if status is None else f"ended with status {status}"
-        raise RuntimeError(f"Arm {arm} {what}. Its log, {log}, ends with:\n{tail(log)}")
+    child = [*command, str(plan_file), str(raw)]
+    run_child(f"Arm {arm}", child, log, environment, settings.arm_seconds)
     found: dict[str, Any] = json.loads(raw.read_text(encoding="utf-8"))
     sizes = REPORTED.findall(log.read_text(encoding="utf-8", errors="replace"))
     found["reported_tokens"] = int(sizes[-1].replace(",", "")) if sizes else None

@@ -1,0 +1,335 @@
+"""Task accuracy by lm-eval: what it is told and what comes back.
+
+The families of the small model become local JSON with a task file beside it; every other task is
+one that lm-eval knows, read from the local cache of data sets. Everything runs offline. Before a
+server starts, every task is loaded once and its prompts are counted; afterwards the server must
+have read exactly the prompt tokens that were counted.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from kvarn_eval.server import OFFLINE, run_child, total
+from kvarn_eval.small_model import tasks as families
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from kvarn_eval.server import Server
+    from kvarn_eval.suite import Suite, Task
+
+CHILD = (sys.executable, "-m", "kvarn_eval.lm_child")
+HELD_OUT_SEED = 200_000
+"""Of the first held-out item of a family; demo and texts use smaller ones."""
+
+MIN_SHARE_READING_RECORDS = 0.5
+_SPARE_TOKENS = 8  # an answer that rambles ends as wrong
+_CHAT_TOKENS = 256  # room for a chat template
+_SECONDS = 7200.0
+_COUNTERS = {
+    "prompt_tokens": "vllm:prompt_tokens_total",
+    "generated": "vllm:generation_tokens_total",
+}
+
+
+@dataclass(frozen=True)
+class Checked:
+    """What is known of a task before it runs; `prompt_tokens` has one entry per item."""
+
+    task: str
+    prompt_tokens: list[int]
+    sha256: str
+
+
+@dataclass(frozen=True)
+class Scores:
+    """What one arm made of one task, all seeds.
+
+    Parameters
+    ----------
+    task : str
+        Name.
+    scores : dict of str to list of float
+        Score of each item, one per seed, by the item's identity.
+    prompt_tokens : list of int
+        Of each item.
+    generated : float
+        Tokens generated per answer, on average.
+    truncated : int
+        Answers that reached the longest length.
+    """
+
+    task: str
+    scores: dict[str, list[float]]
+    prompt_tokens: list[int]
+    generated: float
+    truncated: int
+    raw: list[str]
+
+    def to_json(self) -> dict[str, Any]:
+        """Fields as plain data."""
+        return asdict(self)
+
+    @property
+    def means(self) -> list[float]:
+        """Score of each item, averaged over seeds."""
+        return [float(np.mean(values)) for values in self.scores.values()]
+
+    def share_reading_records(self, first_packed: int) -> float:
+        """Least share of generated tokens whose query stands at or after `first_packed`.
+
+        From the mean length alone: tokens past a border are convex in the length, so the mean of an
+        item's answers gives a lower bound.
+        """
+        before = np.maximum(first_packed - np.array(self.prompt_tokens) + 1, 0)
+        past = np.maximum(self.generated - before, 0)
+        return float(past.mean() / max(self.generated, 1e-9))
+
+
+def write_family(task: Task, folder: Path) -> None:
+    """Write the items of a family and the task file that reads them.
+
+    Parameters
+    ----------
+    task : Task
+        With source ``family``; its name is that of the family.
+    folder : Path
+        Existing folder; receives ``<name>.jsonl`` and ``<name>.yaml``.
+
+    Raises
+    ------
+    ValueError
+        If there is no such family, or its items cannot be made.
+    """
+    known = {str(name): name for name in families.FAMILIES}
+    if task.name not in known:
+        raise ValueError(f"{task.name} is not a task family. Choose one of {', '.join(known)}.")
+    items = families.held_out(
+        known[task.name],
+        task.items,
+        min_tokens=task.prompt_tokens[0],
+        max_tokens=task.prompt_tokens[1],
+        questions=task.questions,
+        first_seed=HELD_OUT_SEED,
+        rewrites=task.rewrites,
+    )
+    file = folder / f"{task.name}.jsonl"
+    lines = [
+        json.dumps(
+            {"id": f"{item.family}-{item.seed}", "prompt": item.prompt, "answer": item.answer}
+        )
+        for item in items
+    ]
+    file.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    config = {
+        "task": task.name,
+        "dataset_path": "json",
+        "dataset_kwargs": {"data_files": {"test": str(file.resolve())}},
+        "test_split": "test",
+        "output_type": "generate_until",
+        "doc_to_text": "{{prompt}}",
+        "doc_to_target": "{{answer}}",
+        "num_fewshot": 0,
+        "generation_kwargs": {
+            "until": [],
+            "do_sample": False,
+            "temperature": 0.0,
+            "max_gen_toks": max(item.answer_tokens for item in items) + _SPARE_TOKENS,
+        },
+        "filter_list": [
+            {
+                "name": "whole",
+                "filter": [
+                    {"function": "regex", "regex_pattern": r"^\s*([\s\S]*?)\s*$"},
+                    {"function": "take_first"},
+                ],
+            }
+        ],
+        "metric_list": [{"metric": "exact_match", "aggregation": "mean", "higher_is_better": True}],
+        "metadata": {"version": 1},
+    }
+    # JSON is YAML
+    (folder / f"{task.name}.yaml").write_text(json.dumps(config, indent=1), encoding="utf-8")
+
+
+def check_task(
+    suite: Suite, task: Task, tokenizer: Path, out: Path, command: tuple[str, ...] = CHILD
+) -> Checked:
+    """Load a task and count its prompts, without a server.
+
+    Parameters
+    ----------
+    suite : Suite
+        Whose task it is.
+    task : Task
+        What to load; items of families are written to `out` first.
+    tokenizer : Path
+        Folder of the model's tokenizer.
+    out : Path
+        Existing folder for plans and logs.
+    command : tuple of str
+        The child's program.
+
+    Returns
+    -------
+    Checked
+
+    Raises
+    ------
+    RuntimeError
+        If lm-eval cannot load the task, most often because its data are not on this machine.
+    ValueError
+        If a prompt and its answer do not fit the model.
+    """
+    if task.source == "family":
+        write_family(task, out)
+    name = f"check-{task.name}"
+    try:
+        found = _child(_plan(suite, task, tokenizer, out), name, out, command)
+    except RuntimeError as error:
+        raise RuntimeError(
+            f"Task {task.name} cannot be loaded offline. Load it once with access to its data, "
+            f"`lm-eval run --tasks {task.name} --limit 1`, on a machine that shares the cache. "
+            f"{error}"
+        ) from error
+    counts = found["prompt_tokens"]
+    answer = int(task.generation.get("max_gen_toks", found["answer_tokens"]))
+    longest = max(counts) + answer + (_CHAT_TOKENS if task.endpoint == "chat" else 0)
+    if longest > suite.max_model_len:
+        raise ValueError(
+            f"Task {task.name} needs {longest} tokens, and the servers of suite {suite.name} take "
+            f"{suite.max_model_len}. Raise max-model-len."
+        )
+    return Checked(task.name, counts, found["sha256"])
+
+
+def run_task(
+    suite: Suite,
+    task: Task,
+    checked: Checked,
+    server: Server,
+    tokenizer: Path,
+    folders: tuple[Path, Path],
+    command: tuple[str, ...] = CHILD,
+) -> Scores:
+    """Let a server answer a task, once per seed.
+
+    Parameters
+    ----------
+    suite, task, tokenizer, command
+        As in `check_task`.
+    checked : Checked
+        What `check_task` found.
+    server : Server
+        Ready to answer.
+    folders : (Path, Path)
+        Where `check_task` wrote the items, and the arm's own folder for raw results.
+
+    Returns
+    -------
+    Scores
+
+    Raises
+    ------
+    RuntimeError
+        If lm-eval or a request fails, or the server read other prompts than were counted.
+    """
+    items, out = folders
+    scores: dict[str, list[float]] = {}
+    before, raw = _counters(server), []
+    for seed in range(task.seeds):
+        name = f"{task.name}-{seed}"
+        plan = _plan(suite, task, tokenizer, items)
+        plan |= {"url": server.url, "served": server.model, "seed": seed}
+        found = _child(plan, name, out, command)
+        raw.append(f"{name}.json")
+        for sample in chosen(found["samples"][task.name], task):
+            scores.setdefault(identity(sample), []).append(score(sample, task))
+    spent = {key: value - before[key] for key, value in _counters(server).items()}
+    asked = task.seeds * sum(checked.prompt_tokens)
+    if spent["prompt_tokens"] < asked or (
+        task.endpoint == "completions" and spent["prompt_tokens"] != asked
+    ):
+        raise RuntimeError(
+            f"Task {task.name}: the server read {spent['prompt_tokens']:.0f} prompt tokens, not "
+            f"{asked}. Prompts were cut or sent twice; see {out}."
+        )
+    if len(scores) != len(checked.prompt_tokens) or {len(s) for s in scores.values()} != {
+        task.seeds
+    }:
+        raise RuntimeError(
+            f"Task {task.name}: {len(scores)} items came back, not {len(checked.prompt_tokens)}."
+        )
+    return Scores(
+        task=task.name,
+        scores=scores,
+        prompt_tokens=checked.prompt_tokens,
+        generated=spent["generated"] / (task.seeds * len(scores)),
+        truncated=int(spent["truncated"]),
+        raw=raw,
+    )
+
+
+def chosen(samples: list[dict[str, Any]], task: Task) -> list[dict[str, Any]]:
+    """Samples of the filter that counts; lm-eval lists every item once per filter."""
+    names = list(dict.fromkeys(str(sample["filter"]) for sample in samples))
+    wanted = task.filter or names[0]
+    if wanted not in names:
+        raise RuntimeError(f"Task {task.name} has no filter {wanted}; it has {', '.join(names)}.")
+    return [sample for sample in samples if sample["filter"] == wanted]
+
+
+def identity(sample: dict[str, Any]) -> str:
+    """Name of an item: its own, or the hash of its content."""
+    return str(sample["doc"].get("id") or sample["doc_hash"])
+
+
+def score(sample: dict[str, Any], task: Task) -> float:
+    """Score of an item; its metric may be named by the item (RULER: by its length)."""
+    named = str(sample["doc"]["max_length"]) if task.score == "max_length" else task.score
+    return float(sample[named])
+
+
+def _plan(suite: Suite, task: Task, tokenizer: Path, items: Path) -> dict[str, Any]:
+    return {
+        "task": task.name,
+        "include": str(items) if task.source == "family" else None,
+        "spans": task.spans,
+        "metadata": task.metadata,
+        "generation": task.generation,
+        "endpoint": task.endpoint,
+        "tokenizer": str(tokenizer),
+        "max_length": suite.max_model_len,
+        "concurrency": suite.concurrency,
+        "timeout": int(_SECONDS),
+        "seed": 0,
+        "url": None,
+    }
+
+
+def _child(plan: dict[str, Any], name: str, out: Path, command: tuple[str, ...]) -> dict[str, Any]:
+    """Run `lm_child` and read what it wrote."""
+    file, result, log = (out / f"{name}.{kind}" for kind in ("plan.json", "json", "log"))
+    file.write_text(json.dumps(plan, indent=1), encoding="utf-8")
+    result.unlink(missing_ok=True)
+    environment = {**os.environ, **OFFLINE, "HF_DATASETS_OFFLINE": "1"}
+    if plan["include"] is not None:
+        environment["HF_DATASETS_CACHE"] = str(out / "datasets")
+    run_child("lm-eval", [*command, str(file), str(result)], log, environment, _SECONDS)
+    found: dict[str, Any] = json.loads(result.read_text(encoding="utf-8"))
+    return found
+
+
+def _counters(server: Server) -> dict[str, float]:
+    metrics = server.metrics()
+    found = {name: total(metrics, metric) for name, metric in _COUNTERS.items()}
+    ended = [m for m in metrics if m.name == "vllm:request_success_total"]
+    found["truncated"] = sum(m.value for m in ended if m.labels.get("finished_reason") == "length")
+    return found

@@ -1,0 +1,310 @@
+"""One arm of a suite: start its servers, ask everything, keep what came back as one JSON file.
+
+An arm may need two servers: one as a user runs it, for tasks, capacity and throughput, and one
+whose prefill chunk is a tile, for scoring texts. Both end with the arm. The file is written when
+all of it is there, so a run that was interrupted goes on at the next arm.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import time
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from kvarn_core import PRESETS
+from kvarn_eval import scenarios, traces
+from kvarn_eval.bench_serve import BENCH
+from kvarn_eval.capacity import Pool
+from kvarn_eval.demo import CPU_ENVIRONMENT
+from kvarn_eval.lm_tasks import CHILD, Checked, run_task
+from kvarn_eval.preflight import ACCURACY, CAPACITY, FIDELITY, PARTS, THROUGHPUT
+from kvarn_eval.prompts import PromptSource
+from kvarn_eval.schema import find_gpus
+from kvarn_eval.server import SERVE, Server, ServerConfig, serve
+from kvarn_eval.suite import command_line
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from pathlib import Path
+
+    from kvarn_eval.suite import Option, Scenario, Suite
+
+    Progress = Callable[[str, int, int], None]
+
+READY_SECONDS = 1800.0
+_SERVED: dict[str, Any] = {"tasks": [], "loads": [], "pool": None, "startup_seconds": None}
+
+
+@dataclass(frozen=True)
+class Setup:
+    """A suite and what the command line adds to it.
+
+    Parameters
+    ----------
+    suite : Suite
+        What is compared.
+    model, tokenizer : Path
+        Folders of checkpoint and tokenizer.
+    out : Path
+        Existing folder for everything that is written.
+    parts : tuple of str
+        Of `preflight.PARTS`.
+    load_format : str
+        ``dummy`` for random weights.
+    tensor_parallel : int
+        Ranks of each server.
+    weights_sha256 : str or None
+        Of the checkpoint; None for random weights.
+    serve, bench, lm : tuple of str
+        Programs: the server, the load generator and lm-eval.
+    """
+
+    suite: Suite
+    model: Path
+    tokenizer: Path
+    out: Path
+    parts: tuple[str, ...] = PARTS
+    load_format: str = "auto"
+    tensor_parallel: int = 1
+    weights_sha256: str | None = None
+    serve: tuple[str, ...] = SERVE
+    bench: tuple[str, ...] = BENCH
+    lm: tuple[str, ...] = CHILD
+
+    @property
+    def group(self) -> int:
+        """Tokens of a tile of the tested arm."""
+        return PRESETS[self.suite.arms[self.suite.tested].kv_cache_dtype].group
+
+    @property
+    def first_packed(self) -> int:
+        """First position that reads a record, in tokens: 2 G."""
+        return 2 * self.group
+
+    def folder(self, profile: str, arm: str) -> Path:
+        """Where an arm leaves its raw files."""
+        return self.out / f"{profile}-{arm}"
+
+    def options(self, arm: str, **more: Option) -> dict[str, Option]:
+        """Options of a server of an arm."""
+        found = {**self.suite.options(arm), "tensor-parallel-size": self.tensor_parallel}
+        if self.tokenizer != self.model:
+            found["tokenizer"] = str(self.tokenizer)
+        if self.load_format != "auto":
+            found["load-format"] = self.load_format
+        return {**found, **{name.replace("_", "-"): value for name, value in more.items()}}
+
+    def server(self, model: Path, options: dict[str, Option]) -> ServerConfig:
+        """How to start a server."""
+        return ServerConfig(
+            model=str(model),
+            options=command_line(options),
+            environment={} if torch.cuda.is_available() else CPU_ENVIRONMENT,
+            command=self.serve,
+            ready_seconds=READY_SECONDS,
+        )
+
+    def plan(self, profile: str, arm: str) -> dict[str, Any]:
+        """What the figures of an arm depend on."""
+        return {
+            "suite": self.suite.sha256,
+            "weights": self.weights_sha256,
+            "tokenizer": _digest(self.tokenizer / "tokenizer.json"),
+            "profile": profile,
+            "options": list(command_line(self.options(arm))),
+            "parts": list(self.parts),
+            "scenarios": [scenario.name for scenario in self.suite.scenarios],
+            "gpus": [gpu.name for gpu in find_gpus()],
+        }
+
+
+def observe(
+    setup: Setup,
+    profile: str,
+    arm: str,
+    model: Path,
+    checked: dict[str, Checked],
+    reference: dict[str, Any] | None,
+    progress: Progress,
+) -> dict[str, Any]:
+    """Everything one arm shows on one profile.
+
+    Parameters
+    ----------
+    setup : Setup
+        What to ask.
+    profile : str
+        Outlier profile; only ``plain`` is measured for capacity and speed.
+    arm : str
+        Name of the arm.
+    model : Path
+        Folder of the profile's weights.
+    checked : dict of str to Checked
+        By task.
+    reference : dict or None
+        What the reference showed on this profile; None for the reference itself.
+    progress : callable
+        Receives what happens, steps done and steps in total.
+
+    Returns
+    -------
+    dict
+        Plain data; also written to ``arm.json`` in the arm's folder.
+
+    Raises
+    ------
+    RuntimeError
+        If a server or a request fails.
+    """
+    folder = setup.folder(profile, arm)
+    folder.mkdir(parents=True, exist_ok=True)
+    parts = setup.parts if profile == "plain" else (ACCURACY, FIDELITY)
+    found: dict[str, Any] = {"plan": setup.plan(profile, arm), **_SERVED, "texts": [], "floor": []}
+    label = f"{profile} {arm}"
+    writes = FIDELITY in parts and setup.suite.traces is not None
+    asks = (ACCURACY in parts and setup.suite.tasks) or CAPACITY in parts or THROUGHPUT in parts
+    if asks or (writes and reference is None):
+        began = time.monotonic()
+        config = setup.server(model, setup.options(arm))
+        with serve(config, folder / "server.log", lambda line: progress(label, 0, 1)) as server:
+            found["startup_seconds"] = time.monotonic() - began
+            found |= _ask(setup, parts, arm, server, checked, reference, label, progress)
+            if writes and reference is None and setup.suite.traces is not None:
+                progress(f"{label}, writing texts", 0, 1)
+                texts = traces.write_traces(server, setup.suite.traces, setup.suite.concurrency)
+                traces.save_texts(setup.out / f"texts-{profile}.json", texts)
+    if writes:
+        found |= _score(setup, profile, arm, model, reference is None, label, progress)
+    (folder / "arm.json").write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+    return found
+
+
+def earlier(setup: Setup, profile: str, arm: str) -> dict[str, Any] | None:
+    """What an earlier run found for an arm, or None if there is none.
+
+    Raises
+    ------
+    ValueError
+        If it was made from another suite, checkpoint or machine.
+    """
+    file = setup.folder(profile, arm) / "arm.json"
+    if not file.exists():
+        return None
+    found: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+    if found["plan"] != setup.plan(profile, arm):
+        raise ValueError(
+            f"{file} was made from another suite, checkpoint or machine. Remove it or choose "
+            "another folder."
+        )
+    return found
+
+
+def _ask(
+    setup: Setup,
+    parts: tuple[str, ...],
+    arm: str,
+    server: Server,
+    checked: dict[str, Checked],
+    reference: dict[str, Any] | None,
+    label: str,
+    progress: Progress,
+) -> dict[str, Any]:
+    """Tasks, capacity and throughput of a running server."""
+    suite, folder = setup.suite, server.log.parent
+    answered = []
+    if ACCURACY in parts:
+        for done, task in enumerate(suite.tasks):
+            progress(f"{label}, {task.name}", done, len(suite.tasks))
+            where = (setup.out / "tasks", folder)
+            answered.append(
+                run_task(suite, task, checked[task.name], server, setup.tokenizer, where, setup.lm)
+            )
+    pool = Pool.from_metrics(server.metrics())
+    loads: list[dict[str, Any]] = []
+    if THROUGHPUT in parts:
+        source = PromptSource(setup.tokenizer)
+        for scenario in suite.scenarios:
+            fitting = fits(setup, scenario, pool, reference)
+            loads += scenarios.run_scenario(
+                scenario,
+                server,
+                source,
+                str(setup.tokenizer),
+                folder,
+                fitting,
+                lambda name: progress(f"{label}, {name}", 0, 1),
+                setup.bench,
+            )
+    return {
+        "tasks": [scores.to_json() for scores in answered],
+        "pool": asdict(pool) if CAPACITY in parts or THROUGHPUT in parts else None,
+        "loads": loads,
+    }
+
+
+def fits(setup: Setup, scenario: Scenario, pool: Pool, reference: dict[str, Any] | None) -> int:
+    """Requests of a primed scenario that are resident at once, at most what the server runs.
+
+    Raises
+    ------
+    RuntimeError
+        If not even one fits.
+    """
+    if scenario.fill == "reference" and reference is not None:
+        pool = Pool(**reference["pool"])
+    tokens = scenario.prompt_tokens[0] + scenario.output_tokens[0]
+    fitting = pool.requests(tokens, head_dim(setup.model))
+    if fitting == 0:
+        raise RuntimeError(
+            f"Scenario {scenario.name}: no request of {tokens} tokens fits into {pool.tokens} "
+            "tokens of cache. Give the servers more memory."
+        )
+    return min(fitting, int(setup.suite.server["max-num-seqs"]))
+
+
+def head_dim(model: Path) -> int:
+    """Head dimension of a checkpoint."""
+    config = json.loads((model / "config.json").read_text(encoding="utf-8"))
+    return int(config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"])
+
+
+def _score(
+    setup: Setup,
+    profile: str,
+    arm: str,
+    model: Path,
+    is_reference: bool,
+    label: str,
+    progress: Progress,
+) -> dict[str, Any]:
+    """Divergence on the reference's texts; of the reference itself, the floor."""
+    options = setup.options(arm) | traces.scoring_options(setup.group)
+    folder = setup.folder(profile, arm)
+    texts = traces.load_texts(setup.out / f"texts-{profile}.json")
+    stored = setup.folder(profile, setup.suite.reference)
+    with serve(setup.server(model, options), folder / "scoring.log") as server:
+        progress(f"{label}, scoring texts", 0, 1)
+        if is_reference:
+            floor = traces.score_reference(server, texts, stored, setup.first_packed)
+            return {"floor": [text.to_json() for text in floor]}
+        scored = traces.score_arm(server, texts, stored, setup.first_packed)
+    return {"texts": [text.to_json() for text in scored]}
+
+
+def _digest(file: Path) -> str:
+    return hashlib.sha256(file.read_bytes()).hexdigest()
+
+
+def with_profile(setup: Setup, profile: str) -> Path:
+    """Folder of a checkpoint with the outliers of a profile; ``plain`` is the checkpoint itself."""
+    if profile == "plain":
+        return setup.model
+    from kvarn_eval.fidelity import load_model
+
+    folder = setup.out / "models" / profile
+    load_model(setup.model, profile).save(folder)
+    return folder

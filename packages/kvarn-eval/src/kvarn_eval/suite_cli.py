@@ -1,0 +1,86 @@
+"""The command ``kvarn-eval run``: a suite, a checkpoint, a folder of results."""
+
+from __future__ import annotations
+
+import signal
+from dataclasses import replace
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+
+def run(
+    suite: Annotated[str, typer.Argument(help="Name of a suite, or a TOML file.")],
+    model: Annotated[
+        Path | None, typer.Option(help="Folder of a checkpoint; the small model by default.")
+    ] = None,
+    tokenizer: Annotated[
+        Path | None, typer.Option(help="Folder of the tokenizer, if the model has none.")
+    ] = None,
+    out: Annotated[Path | None, typer.Option(help="Folder; <suite>-results by default.")] = None,
+    parts: Annotated[
+        str | None, typer.Option(help="Of accuracy, fidelity, capacity, throughput; all.")
+    ] = None,
+    arms: Annotated[
+        str | None, typer.Option(help="Only these arms, the reference among them.")
+    ] = None,
+    scenario: Annotated[
+        list[str] | None, typer.Option(help="Only this scenario; repeatable.")
+    ] = None,
+    load_format: Annotated[str, typer.Option(help="dummy: random weights.")] = "auto",
+    tensor_parallel: Annotated[
+        int | None, typer.Option(min=1, help="Ranks; those of the suite by default.")
+    ] = None,
+    items: Annotated[
+        int | None, typer.Option(min=2, help="Items per task of emulated arms.")
+    ] = None,
+    reuse: Annotated[bool, typer.Option(help="Keep arms measured earlier in this folder.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the result document.")] = False,
+) -> None:
+    """Run a suite: servers one after the other, the same questions, the limits of the suite."""
+    from kvarn_eval import cli
+    from kvarn_eval.preflight import DUMMY, PARTS, Missing, weights_sha256
+    from kvarn_eval.suite import load_suite
+    from kvarn_eval.suite_arm import Setup
+    from kvarn_eval.suite_run import check_all, run_suite
+
+    try:
+        loaded = load_suite(suite)
+        if arms is not None:
+            loaded = loaded.only(arms.split(","))
+        if scenario:
+            loaded = loaded.sending(scenario)
+    except ValueError as error:
+        cli._fail_usage(str(error))
+    if items is not None:
+        loaded = loaded.model_copy(update={"emulated_items": items})
+    if model is None and not loaded.small_model:
+        cli._fail_usage(
+            f"Suite {loaded.name} measures your checkpoint. Name its folder with --model."
+        )
+    checkpoint = model or cli.SMALL_MODEL
+    folder = out or Path(f"{loaded.name}-results")
+    folder.mkdir(parents=True, exist_ok=True)
+    setup = Setup(
+        suite=loaded,
+        model=checkpoint,
+        tokenizer=tokenizer or checkpoint,
+        out=folder,
+        parts=PARTS if parts is None else tuple(parts.split(",")),
+        load_format=load_format,
+        tensor_parallel=tensor_parallel or loaded.tensor_parallel,
+    )
+    signal.signal(signal.SIGTERM, cli._stop_on_signal)
+    try:
+        with cli._progress() as progress:
+            check_all(setup, progress)
+            if load_format != DUMMY:
+                setup = replace(setup, weights_sha256=weights_sha256(checkpoint))
+            result = run_suite(setup, progress, reuse=reuse)
+    except ValueError as error:
+        cli._fail_usage(str(error))
+    except (Missing, RuntimeError) as error:
+        cli.console.print(str(error), style="red", markup=False, soft_wrap=True)
+        raise typer.Exit(1) from error
+    cli._finish(result, folder, as_json)

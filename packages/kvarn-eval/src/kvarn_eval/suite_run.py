@@ -1,0 +1,311 @@
+"""A suite from end to end: check what it needs, observe every arm, apply the limits.
+
+The result document is written anew after each arm, so it always says what is known so far; it
+passes only once every arm and every required limit of the suite is in it.
+"""
+
+from __future__ import annotations
+
+import time
+from typing import TYPE_CHECKING, Any
+
+from kvarn_eval import preflight, scenarios, task_gates, traces
+from kvarn_eval.capacity import Pool
+from kvarn_eval.emulated import describe, run_emulated
+from kvarn_eval.lm_tasks import Checked, Scores, check_task
+from kvarn_eval.schema import (
+    Arm,
+    Gate,
+    Measurement,
+    Model,
+    Run,
+    Unit,
+    Verdict,
+    describe_run,
+    find_gpus,
+    measure,
+)
+from kvarn_eval.suite import command_line
+from kvarn_eval.suite_arm import Setup, earlier, head_dim, observe, with_profile
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from kvarn_eval.suite import Limit, Suite
+
+    Progress = Callable[[str, int, int], None]
+    Found = dict[tuple[str, str], dict[str, Any]]  # by profile and arm
+
+
+def check_all(setup: Setup, progress: Progress) -> dict[str, Checked]:
+    """Everything that a run needs; tasks are loaded and their prompts counted.
+
+    Raises
+    ------
+    preflight.Missing
+        If something is not there.
+    """
+    suite = setup.suite
+    preflight.check_parts(suite, setup.parts, setup.load_format)
+    preflight.check_gpus(suite, setup.tensor_parallel)
+    config = preflight.check_model(setup.model, setup.load_format)
+    preflight.check_tokenizer(setup.tokenizer)
+    if suite.small_model and config.get("vocab_size") != _small_vocabulary():
+        raise preflight.Missing(
+            f"Suite {suite.name} is for the small model, and {setup.model} is another. Drop "
+            "--model, or choose another suite."
+        )
+    checked: dict[str, Checked] = {}
+    if preflight.ACCURACY in setup.parts and suite.arms:
+        folder = setup.out / "tasks"
+        folder.mkdir(exist_ok=True)
+        for done, task in enumerate(suite.tasks):
+            progress(f"tasks, {task.name}", done, len(suite.tasks))
+            try:
+                checked[task.name] = check_task(suite, task, setup.tokenizer, folder, setup.lm)
+            except (RuntimeError, ValueError) as error:
+                raise preflight.Missing(str(error)) from error
+        progress("tasks", len(suite.tasks), len(suite.tasks))
+    return checked
+
+
+def _small_vocabulary() -> int:
+    from kvarn_eval.small_model.model import ModelConfig
+
+    return ModelConfig().vocab_size
+
+
+def run_suite(setup: Setup, progress: Progress, *, reuse: bool = False) -> Run:
+    """Run all arms of a suite.
+
+    Parameters
+    ----------
+    setup : Setup
+        What is compared, with which checkpoint.
+    progress : callable
+        Receives what happens, steps done and steps in total.
+    reuse : bool
+        Take what an earlier run with the same plan left in `setup.out`.
+
+    Returns
+    -------
+    Run
+
+    Raises
+    ------
+    preflight.Missing
+        If something that the run needs is not there; no server has started then.
+    RuntimeError
+        If a server or a request fails; the arms before are in ``result.json``.
+    ValueError
+        If figures to be reused do not fit.
+    """
+    began = time.monotonic()
+    suite = setup.suite
+    checked = check_all(setup, progress)
+    model = Model(
+        name=setup.model.name,
+        weights_sha256=setup.weights_sha256,
+        dtype=suite.dtype,
+        tensor_parallel=setup.tensor_parallel,
+    )
+    header = describe_run(suite.name, suite.sha256, model)
+    emulated: list[Measurement] = []
+    if suite.emulated and preflight.ACCURACY in setup.parts:
+        import torch
+
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+        emulated = run_emulated(suite, setup.model, device, progress)
+    found: Found = {}
+    run = None
+    for profile in suite.profiles if suite.arms else ():
+        weights = with_profile(setup, profile)
+        for arm in suite.arms:
+            reference = found.get((profile, suite.reference))
+            old = earlier(setup, profile, arm) if reuse else None
+            found[profile, arm] = old or observe(
+                setup, profile, arm, weights, checked, reference, progress
+            )
+            run = assemble(header, setup, found, emulated, time.monotonic() - began)
+            run.save(setup.out / "result.json")
+    return run or assemble(header, setup, found, emulated, time.monotonic() - began)
+
+
+def assemble(
+    header: dict[str, object],
+    setup: Setup,
+    found: Found,
+    emulated: list[Measurement],
+    seconds: float,
+) -> Run:
+    """The result of the arms observed so far."""
+    suite = setup.suite
+    measured = list(emulated)
+    for (profile, arm), figures in found.items():
+        measured += _measure(setup, profile, arm, figures)
+    arms = {arm for _, arm in found}
+    described = {
+        arm: Arm(
+            kv_cache_dtype=suite.arms[arm].kv_cache_dtype,
+            options=list(command_line(setup.options(arm))),
+        )
+        for arm in suite.arms
+        if arm in arms and any(m.arm == arm for m in measured)
+    }
+    if emulated:
+        size = head_dim(setup.model)
+        described |= {name: describe(arm, size) for name, arm in suite.emulated.items()}
+    missing = [
+        f"{profile} {arm}"
+        for profile in suite.profiles
+        for arm in suite.arms
+        if (profile, arm) not in found
+    ]
+    rules = [*_paired(setup, found), *_valid(found), *limit_gates(suite, measured)]
+    if missing:
+        rules.append(_undecided("complete", missing, measured))
+    return Run.model_validate(
+        {
+            **header,
+            "seconds": round(seconds, 1),
+            "arms": described,
+            "measurements": measured,
+            "gates": rules,
+        }
+    )
+
+
+def _measure(setup: Setup, profile: str, arm: str, figures: dict[str, Any]) -> list[Measurement]:
+    """Measurements of one arm on one profile."""
+    folder, result = setup.folder(profile, arm).name, []
+    if figures["tasks"]:
+        scores = [Scores(**task) for task in figures["tasks"]]
+        result += task_gates.measurements(arm, profile, scores, setup.first_packed, folder)
+    if figures["pool"] is not None:
+        result += _capacity(setup, arm, Pool(**figures["pool"]), figures["startup_seconds"])
+    result += scenarios.measurements(arm, figures["loads"], f"{folder}/")
+    for name in ("texts", "floor"):
+        if figures[name]:
+            scored = [traces.Divergences(**text) for text in figures[name]]
+            label = "traces" if name == "texts" else name
+            result += traces.measurements(arm, profile, scored, setup.first_packed, label)
+    return result
+
+
+def _capacity(setup: Setup, arm: str, pool: Pool, startup: float) -> list[Measurement]:
+    tokens = setup.suite.capacity_tokens
+    fitting = pool.requests(tokens, head_dim(setup.model))
+    result = [
+        measure("startup", arm, Unit.SECONDS, startup, better="lower"),
+        measure("pool_tokens", arm, Unit.TOKENS, pool.tokens, better="higher"),
+        measure(
+            "requests_that_fit",
+            arm,
+            Unit.REQUESTS,
+            fitting,
+            better="higher",
+            context={"tokens": tokens},
+        ),
+    ]
+    if pool.cache_bytes is not None:
+        density = pool.tokens_per_gib
+        result.append(measure("tokens_per_gib", arm, Unit.TOKENS_PER_GIB, density, better="higher"))
+    return result
+
+
+def _paired(setup: Setup, found: Found) -> list[Gate]:
+    """Accuracy of every arm against the reference; required of the tested arm alone."""
+    suite, rules = setup.suite, []
+    for (profile, arm), figures in found.items():
+        scores = [Scores(**task) for task in figures["tasks"]]
+        if not scores:
+            continue
+        if arm == suite.reference:
+            rules.append(task_gates.validity(profile, arm, scores, setup.first_packed))
+            continue
+        reference = [Scores(**task) for task in found[profile, suite.reference]["tasks"]]
+        rules.append(
+            task_gates.compare(
+                profile,
+                (suite.reference, reference),
+                (arm, scores),
+                suite.margin,
+                required=arm == suite.tested,
+            )
+        )
+    return rules
+
+
+def _valid(found: Found) -> list[Gate]:
+    """A primed load that was not primed, or that preempted, measured something else."""
+    rules = []
+    for (_, arm), figures in found.items():
+        for load in figures["loads"]:
+            if load["kind"] != "primed":
+                continue
+            primed = load["hit_share"] >= load["min_hit_share"] and load["preemptions"] == 0
+            rules.append(
+                Gate(
+                    name=f"{load['name']}.valid.{arm}",
+                    rule="share of prompt tokens found in the prefix cache >= limit, no preemption",
+                    value=load["hit_share"],
+                    limit=load["min_hit_share"],
+                    verdict=Verdict.PASS if primed else Verdict.FAIL,
+                    reason=f"{load['hit_share']:.1%} found, {load['preemptions']} preempted",
+                    evidence=[f"{arm}:{load['name']}.{x}" for x in ("hit_share", "preemptions")],
+                )
+            )
+    return rules
+
+
+def limit_gates(suite: Suite, measured: list[Measurement]) -> list[Gate]:
+    """The limits of a suite; one whose measurements are not there yet decides nothing."""
+    by_key = {m.key: m for m in measured}
+    names = [gpu.name for gpu in find_gpus()]
+    rules = []
+    for limit in suite.limits:
+        other = limit.over or limit.minus
+        keys = [f"{arm}:{limit.quantity}" for arm in (limit.arm, other) if arm]
+        here = limit.gpu is None or any(limit.gpu in name for name in names)
+        if all(key in by_key for key in keys):
+            rules.append(limit_gate(limit, [by_key[key] for key in keys], here))
+        elif limit.required and here:
+            lacking = [key for key in keys if key not in by_key]
+            rules.append(_undecided(f"{limit.quantity}.{limit.arm}", lacking, measured))
+    return rules
+
+
+def limit_gate(limit: Limit, measured: list[Measurement], here: bool) -> Gate:
+    """One limit; `here` says whether this is the machine that it was set for."""
+    values = [m.median for m in measured]
+    value, rule = values[0], f"{limit.quantity}({limit.arm})"
+    if limit.over:
+        value, rule = values[0] / max(values[1], 1e-12), f"{rule} / {limit.quantity}({limit.over})"
+    elif limit.minus:
+        value, rule = values[0] - values[1], f"{rule} - {limit.quantity}({limit.minus})"
+    bound = limit.at_least if limit.at_least is not None else limit.at_most
+    assert bound is not None
+    holds = value >= bound if limit.at_least is not None else value <= bound
+    against = " against ".join(f"{x:,.6g}" for x in values)
+    return Gate(
+        name=f"{limit.quantity}.{limit.arm}",
+        rule=f"{rule} {'>=' if limit.at_least is not None else '<='} limit",
+        value=value,
+        limit=bound,
+        required=limit.required and here,
+        verdict=Verdict.PASS if holds else Verdict.FAIL,
+        reason=f"{against} {measured[0].unit.value}",
+        evidence=[m.key for m in measured],
+    )
+
+
+def _undecided(name: str, missing: list[str], measured: list[Measurement]) -> Gate:
+    return Gate(
+        name=name,
+        rule="number of things that were not measured <= limit",
+        value=len(missing),
+        limit=0,
+        verdict=Verdict.INCONCLUSIVE,
+        reason=f"not measured: {', '.join(missing)}",
+        evidence=[measured[0].key],
+    )

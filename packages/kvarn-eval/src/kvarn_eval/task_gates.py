@@ -1,0 +1,131 @@
+"""From task scores to measurements, and the paired comparison of an arm with the reference."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from kvarn_eval.lm_tasks import MIN_SHARE_READING_RECORDS
+from kvarn_eval.schema import Gate, Measurement, Unit, Verdict, measure
+from kvarn_eval.stats import mcnemar, mean_interval, non_inferiority
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from kvarn_eval.lm_tasks import Scores
+    from kvarn_eval.schema import Scalar
+
+POOLED = "accuracy"
+
+
+def measurements(
+    arm: str, profile: str, found: Sequence[Scores], first_packed: int, folder: str
+) -> list[Measurement]:
+    """Measurements of one arm: accuracy by task and pooled over items, lengths, truncations.
+
+    Parameters
+    ----------
+    arm : str
+        Configuration.
+    profile : str
+        Outlier profile of the model.
+    found : sequence of Scores
+        All tasks.
+    first_packed : int
+        First position that reads a record, in tokens.
+    folder : str
+        Folder of the raw files, relative to the result.
+    """
+    result = []
+    pooled = [value for task in found for value in task.means]
+    strata = [task.task for task in found for _ in task.scores]
+
+    def share(name: str, values: list[float], labels: list[str], raw: str | None) -> Measurement:
+        context: dict[str, Scalar] = {"profile": profile, "items": len(values)}
+        return measure(
+            f"{profile}.{name}",
+            arm,
+            Unit.SHARE,
+            sum(values) / len(values),
+            better="higher",
+            interval=mean_interval(values, labels),
+            context=context,
+            raw=raw,
+        )
+
+    for task in found:
+        labels, raw = [task.task] * len(task.scores), f"{folder}/{task.raw[0]}"
+        result.append(share(f"{POOLED}.{task.task}", task.means, labels, raw))
+    result.append(share(POOLED, pooled, strata, None))
+    for task in found:
+        context: dict[str, Scalar] = {"profile": profile, "seeds": len(task.raw)}
+        for name, unit, value in (
+            ("answer_tokens", Unit.TOKENS, task.generated),
+            ("truncated", Unit.COUNT, task.truncated),
+            ("reading_records", Unit.SHARE, task.share_reading_records(first_packed)),
+        ):
+            result.append(
+                measure(f"{profile}.{name}.{task.task}", arm, unit, value, context=context)
+            )
+    return result
+
+
+def compare(
+    profile: str,
+    reference: tuple[str, Sequence[Scores]],
+    tested: tuple[str, Sequence[Scores]],
+    margin: float,
+    *,
+    required: bool,
+) -> Gate:
+    """Non-inferiority of pooled accuracy, items paired by identity, tasks as strata.
+
+    Raises
+    ------
+    ValueError
+        If the arms did not answer the same items.
+    """
+    items = [
+        {
+            (task.task, key): value
+            for task in of
+            for key, value in zip(task.scores, task.means, strict=True)
+        }
+        for of in (reference[1], tested[1])
+    ]
+    if items[0].keys() != items[1].keys():
+        raise ValueError(
+            f"Arms {reference[0]} and {tested[0]} answered different items and cannot be paired."
+        )
+    differences = {key: items[1][key] - items[0][key] for key in items[0]}
+    result = non_inferiority(list(differences.values()), margin, [task for task, _ in differences])
+    lost = sum(value < 0 for value in differences.values())
+    won = sum(value > 0 for value in differences.values())
+    return Gate(
+        name=f"{profile}.{POOLED}.{tested[0]}",
+        rule=f"lower 95 % bound of accuracy({tested[0]}) - accuracy({reference[0]}) > limit",
+        value=result.lower_bound,
+        limit=-margin,
+        required=required,
+        verdict=result.verdict,
+        reason=(
+            f"{100 * result.difference:+.2f} points on {len(differences)} items: {lost} lost, "
+            f"{won} won (McNemar p = {mcnemar(lost, won):.2f})"
+        ),
+        evidence=[f"{name}:{profile}.{POOLED}" for name in (reference[0], tested[0])],
+    )
+
+
+def validity(profile: str, arm: str, found: Sequence[Scores], first_packed: int) -> Gate:
+    """Most generated tokens of every task must stand past two tiles, or the run tested nothing."""
+    shares = {task.task: task.share_reading_records(first_packed) for task in found}
+    worst = min(shares, key=shares.__getitem__)
+    valid = shares[worst] >= MIN_SHARE_READING_RECORDS
+    return Gate(
+        name=f"{profile}.reading_records",
+        rule="share of generated tokens that read a record >= limit, every task",
+        value=shares[worst],
+        limit=MIN_SHARE_READING_RECORDS,
+        verdict=Verdict.PASS if valid else Verdict.FAIL,
+        reason=f"least on {worst}: {100 * shares[worst]:.0f} %",
+        evidence=[f"{arm}:{profile}.reading_records.{worst}"],
+    )

@@ -1,0 +1,112 @@
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pytest
+from typer.testing import CliRunner
+
+from kvarn_eval.cli import SMALL_MODEL, app
+from kvarn_eval.schema import Model, Run, Unit, Verdict, describe_run, measure
+from kvarn_eval.suite import Limit, load_suite
+from kvarn_eval.suite_arm import Setup, earlier, observe
+from kvarn_eval.suite_run import assemble, limit_gate, run_suite
+
+if TYPE_CHECKING:
+    from kvarn_eval.schema import Measurement
+
+HERE = Path(__file__).parent
+FAKE_SERVER = (sys.executable, str(HERE / "fake_server.py"))
+FAKE_BENCH = (sys.executable, str(HERE / "fake_bench.py"))
+
+
+def setup(folder: Path, **more: Any) -> Setup:
+    """The smoke suite without lm-eval, against the stand-in server and load generator."""
+    suite = load_suite("smoke")
+    fields = {"parts": ("capacity", "throughput"), "serve": FAKE_SERVER, "bench": FAKE_BENCH}
+    return Setup(suite, SMALL_MODEL, SMALL_MODEL, folder, **{**fields, **more})
+
+
+def quiet(what: str, done: int, steps: int) -> None:
+    """No progress."""
+
+
+def test_a_suite_runs_from_end_to_end(tmp_path: Path) -> None:
+    run = run_suite(setup(tmp_path), quiet)
+    assert run.verdict is Verdict.PASS, run.gates
+    assert run == Run.load(tmp_path / "result.json").model_copy(update={"seconds": run.seconds})
+    assert run.value("kvarn", "pool_tokens") / run.value("fp16", "pool_tokens") > 4.6
+    assert run.value("kvarn", "chat.rate-8.output_throughput") > 0
+    raw = next(m.raw for m in run.measurements if m.raw and m.arm == "kvarn")
+    assert (tmp_path / raw).exists()
+
+
+def test_an_interrupted_suite_goes_on_and_is_not_green_before(tmp_path: Path) -> None:
+    one = setup(tmp_path)
+    found = {("plain", "fp16"): observe(one, "plain", "fp16", SMALL_MODEL, {}, None, quiet)}
+    model = Model(name="small", weights_sha256=None, dtype="float16")
+    partial = assemble(describe_run("smoke", "0" * 64, model), one, found, [], 1.0)
+    assert partial.verdict is Verdict.INCONCLUSIVE
+    assert "plain kvarn" in next(g.reason for g in partial.gates if g.name == "complete")
+    assert earlier(one, "plain", "fp16") == found["plain", "fp16"]
+    assert earlier(one, "plain", "kvarn") is None
+    with pytest.raises(ValueError, match="another suite, checkpoint or machine"):
+        earlier(setup(tmp_path, weights_sha256="1" * 64), "plain", "fp16")
+
+
+def value(arm: str, number: float) -> Measurement:
+    return measure("speed", arm, Unit.TOKENS_PER_SECOND, number)
+
+
+@pytest.mark.parametrize(
+    ("limit", "numbers", "verdict"),
+    [
+        ({"over": "fp16", "at_least": 2.0}, (4.1, 2.0), Verdict.PASS),
+        ({"over": "fp16", "at_least": 2.0}, (3.9, 2.0), Verdict.FAIL),
+        ({"over": "fp16", "at_most": 2.0}, (4.1, 2.0), Verdict.FAIL),
+        ({"minus": "fp16", "at_most": -0.2}, (0.7, 1.0), Verdict.PASS),
+        ({"minus": "fp16", "at_most": -0.2}, (0.9, 1.0), Verdict.FAIL),
+        ({"at_least": 1.0}, (0.9,), Verdict.FAIL),
+    ],
+)
+def test_limits(limit: dict[str, Any], numbers: tuple[float, ...], verdict: Verdict) -> None:
+    rule = Limit(quantity="speed", arm="kvarn", **limit)
+    measured = [value(arm, x) for arm, x in zip(("kvarn", "fp16"), numbers, strict=False)]
+    assert limit_gate(rule, measured, here=True).verdict is verdict
+    assert not limit_gate(rule, measured, here=False).required
+
+
+def test_a_primed_load_without_hits_is_invalid(tmp_path: Path) -> None:
+    suite = load_suite("smoke")
+    primed = load_suite("rehearsal").scenarios[2]
+    suite = suite.model_copy(update={"scenarios": (primed,)})
+    one = Setup(
+        suite, SMALL_MODEL, SMALL_MODEL, tmp_path, ("capacity", "throughput"),
+        serve=FAKE_SERVER, bench=FAKE_BENCH,
+    )  # fmt: skip
+    run = run_suite(one, quiet)  # the stand-in server reports no hits
+    verdicts = {g.name: g.verdict for g in run.gates}
+    assert verdicts["primed-equal.valid.kvarn"] is Verdict.FAIL
+    assert run.verdict is Verdict.FAIL
+
+
+@pytest.mark.parametrize(
+    ("arguments", "status", "words"),
+    [
+        (("nightly",), 2, "There is no suite nightly"),
+        (("qwen3-32b-tp2",), 2, "Name its folder with --model"),
+        (("qwen3-32b-tp2", "--model", str(SMALL_MODEL)), 1, "needs 2 NVIDIA GPUs"),
+        (("smoke", "--load-format", "dummy"), 1, "Random weights know no answers"),
+        (("smoke", "--model", "nowhere"), 1, "nowhere has no config.json"),
+        (("smoke", "--arms", "fp16"), 2, "Arm kvarn cannot be left out"),
+    ],
+)
+def test_what_is_missing_is_one_sentence(
+    arguments: tuple[str, ...], status: int, words: str, tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    result = CliRunner().invoke(app, ["run", *arguments, "--out", str(tmp_path)])
+    assert result.exit_code == status, result.output
+    assert words in " ".join(result.stderr.split())
