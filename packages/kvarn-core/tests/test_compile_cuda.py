@@ -32,8 +32,7 @@ pytestmark = pytest.mark.compile
 TABLE = Path(__file__).parent / "golden" / "resources_cuda.json"
 REGISTER_FILE, PROCESSOR_SHARED_BYTES = 65536, 228 * 1024  # of which each CTA costs 1 KiB more
 TOLERANCE = 0.08  # registers and instructions move a little with unrelated edits
-# all of decode; of the encoder every form that differs in kind, the others are like one of these with
-# less to hold
+# all of decode; of the encoder what differs in kind, the other forms have less to hold
 NAMES = [
     *(variant.name for variant in decode.variants()),
     "quantize-k4v2_g128-d128-kvarn",
