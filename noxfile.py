@@ -140,7 +140,9 @@ def mutants(session: nox.Session) -> None:
 def gpu_tests(session: nox.Session) -> None:
     """Kernels and engines on one GPU."""
     install_gpu(session)
-    session.run("pytest", "-m", "gpu or kernel", "--require-gpu", *session.posargs or ["packages"])
+    arguments = session.posargs or ["packages"]
+    environment = {"OMP_NUM_THREADS": "2"}  # with -n the references of many tests share the cores
+    session.run("pytest", "-m", "gpu or kernel", "--require-gpu", *arguments, env=environment)
 
 
 @nox.session

@@ -20,6 +20,7 @@ import torch
 import triton
 from conftest import Engine
 
+from kvarn_core import nvrtc
 from kvarn_eval.fidelity import program_texts
 from kvarn_eval.small_model import tasks, tokenizer
 from kvarn_vllm.batched import Batched
@@ -169,17 +170,26 @@ def poison(engine: Engine) -> None:
         cache.index_fill_(0, pages, 0xFF)
 
 
-def run(dtype: str, eager: bool, arrays: Path) -> dict[str, Any]:
-    """Everything that one configuration is asked."""
+def engine_of(engine: Engine) -> str:
+    """Which engine of kvarn_core the first layer runs."""
+    layers = engine.engine.vllm_config.compilation_config.static_forward_context
+    return next(iter(layers.values())).impl.path.engine
+
+
+def run(dtype: str, eager: bool, kernels: str | None, arrays: Path) -> dict[str, Any]:
+    """Everything that one configuration is asked; `kernels` is an engine asked for by name."""
     watch = Watch()
-    engine = Engine(MODEL, PRESET, dtype=dtype, enforce_eager=eager, **SETTINGS)
+    options = {"additional_config": {"kvarn": {"engine": kernels}}} if kernels else {}
+    engine = Engine(MODEL, PRESET, dtype=dtype, enforce_eager=eager, **SETTINGS, **options)
     report: dict[str, Any] = {
         "runner": type(engine.runner).__module__,
         "graphs": str(engine.engine.vllm_config.compilation_config.cudagraph_mode),
         "asynchronous": engine.engine.vllm_config.scheduler_config.async_scheduling,
         "kernels": len(watch.compiled),
+        "engine": engine_of(engine),
     }
     watch.compiled.clear()
+    loaded = nvrtc.load.cache_info().misses
     watch.guard()
     scheduler = engine.scheduler.scheduler_config
 
@@ -211,13 +221,15 @@ def run(dtype: str, eager: bool, arrays: Path) -> dict[str, Any]:
     rows = read(engine, texts)
     np.savez(arrays, **{str(number): row for number, row in enumerate(rows)})
     report["compiled while serving"] = watch.compiled
+    report["loaded while serving"] = nvrtc.load.cache_info().misses - loaded
     engine.stop()
     return report
 
 
 def main() -> None:
-    dtype, mode, out = sys.argv[1:]
-    report = run(dtype, mode == "eager", Path(out).with_suffix(".npz"))
+    out, mode, dtype, *kernels = sys.argv[1:]
+    engine = kernels[0] if kernels else None
+    report = run(dtype, mode == "eager", engine, Path(out).with_suffix(".npz"))
     Path(out).write_text(json.dumps(report), encoding="utf-8")
 
 
