@@ -169,6 +169,7 @@ class Machine {
 
     unsigned char* at(unsigned address, unsigned bytes, bool reads) {
         if (address % (bytes < 16 ? bytes : 16)) fail("misaligned access to shared memory");
+        if (random() % 128 == 0) yield();  // others may come first
         if (reads)
             for (const Copy& c : copies)
                 if (address < c.to + c.bytes && c.to < address + bytes)

@@ -3,27 +3,22 @@
 from __future__ import annotations
 
 import itertools
-from typing import TYPE_CHECKING
 
 import pytest
 import torch
-from emulator.build import EmulatedKernel
+from emulator.decoding import ROUNDING, Emulated, expected, query_of, stored
 
 from kvarn_core.layout import HIT_COLUMN, SINK_COLUMN, RecordLayout
-from kvarn_core.ops.decode import cuda, decode
+from kvarn_core.ops.decode import cuda
 from kvarn_core.spec import PRESETS
 from kvarn_core.testing.compare import assert_close, assert_same_bits
 from kvarn_core.testing.inputs import draw
-from kvarn_core.testing.paging import POISONS, Paging, allocate, store_sequence
-
-if TYPE_CHECKING:
-    from collections.abc import Sequence
+from kvarn_core.testing.paging import POISONS, allocate, store_sequence
 
 pytest.importorskip("ziglang", reason="builds C++ for the CPU; the package ziglang is missing")
 pytestmark = pytest.mark.emulate
 
 SMALL = RecordLayout(PRESETS["kvarn_k4v2_g64"], 64)
-ROUNDING = 4e-3  # fp16 queries, folded scales and probabilities; 4-bit codes lose 20 times as much
 
 # preset, head_dim, KV heads, query heads per KV head, tokens of each request
 CASES = [
@@ -52,77 +47,19 @@ each_case = pytest.mark.parametrize(
 )
 
 
-class Emulated:
-    """Runs `cuda.decode` on the CPU with a given grid and order."""
-
-    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        self.processors, self.seed, self.magic = 2, 0, False
-        monkeypatch.setattr(cuda, "_kernel", self._kernel)
-        monkeypatch.setattr(cuda, "_processors", lambda device: self.processors)
-        self.cache: torch.Tensor
-
-    def _kernel(
-        self, layout: RecordLayout, dtype: torch.dtype, device: torch.device
-    ) -> EmulatedKernel:
-        variant = cuda.variant(layout, dtype, magic=self.magic)
-        return EmulatedKernel(variant, [self.cache], self.seed)
-
-    def decode(
-        self,
-        paging: Paging,
-        query: torch.Tensor,
-        tokens: Sequence[int],
-        workspace: torch.Tensor | None = None,
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        cuda._scratch.cache_clear()  # the number of processors may have changed
-        self.cache = paging.cache
-        lens = torch.tensor(tokens, dtype=torch.int32)
-        out = torch.full_like(query, float("nan"))
-        lse = torch.full(query.shape[:2], float("nan"))
-        cuda.decode(
-            query, paging.cache, paging.page_table, lens, paging.layout,
-            paging.layout.head_dim**-0.5, out, lse, workspace,
-        )  # fmt: skip
-        return out, lse
-
-
 @pytest.fixture
 def emulated(monkeypatch: pytest.MonkeyPatch) -> Emulated:
     return Emulated(monkeypatch)
-
-
-def _stored(layout: RecordLayout, tokens: tuple[int, ...], heads: int, **options: object) -> Paging:
-    paging = allocate(layout, [max(n, 1) for n in tokens], num_kv_heads=heads, **options)  # type: ignore[arg-type]
-    for i, n in enumerate(tokens):
-        shape = (n, heads, layout.head_dim)
-        if n:
-            key, value = draw("gaussian", shape, seed=i), draw("gaussian", shape, seed=i + 50)
-            store_sequence(paging, i, key, value, [n])
-    return paging
-
-
-def _query(paging: Paging, ratio: int, dtype: torch.dtype = torch.float16) -> torch.Tensor:
-    batch, heads = len(paging.capacities), paging.cache.shape[1]
-    return draw("gaussian", (batch, heads * ratio, paging.layout.head_dim), seed=9).to(dtype)
-
-
-def _reference(
-    paging: Paging, query: torch.Tensor, tokens: tuple[int, ...]
-) -> tuple[torch.Tensor, torch.Tensor]:
-    lens = torch.tensor(tokens, dtype=torch.int32)
-    scale = paging.layout.head_dim**-0.5
-    where = (query, paging.cache, paging.page_table, lens)
-    return decode(*where, layout=paging.layout, sm_scale=scale, engine="reference")
 
 
 @each_case
 def test_it_agrees_with_the_reference(
     name: str, dim: int, heads: int, ratio: int, tokens: tuple[int, ...], emulated: Emulated
 ) -> None:
-    paging = _stored(RecordLayout(PRESETS[name], dim), tokens, heads)
-    query = _query(paging, ratio)
+    paging = stored(RecordLayout(PRESETS[name], dim), tokens, heads)
+    query = query_of(paging, ratio)
     out, lse = emulated.decode(paging, query, tokens)
-    want, want_lse = _reference(paging, query, tokens)
+    want, want_lse = expected(paging, query, tokens)
     assert_close(out, want, tolerance=ROUNDING)
     assert_close(lse, want_lse, tolerance=ROUNDING)
 
@@ -132,13 +69,24 @@ def test_it_agrees_with_the_reference(
     [(torch.bfloat16, 2.0**-8), (torch.float32, 0.0)],
     ids=["bf16", "fp32"],
 )
-def test_other_dtypes_of_the_query(dtype: torch.dtype, unit: float, emulated: Emulated) -> None:
+def test_other_dtypes_of_thequery_of(dtype: torch.dtype, unit: float, emulated: Emulated) -> None:
     tokens = (200, 64, 0)
-    paging = _stored(SMALL, tokens, 1)
-    query = _query(paging, 5, dtype)
+    paging = stored(SMALL, tokens, 1)
+    query = query_of(paging, 5, dtype)
     out, lse = emulated.decode(paging, query, tokens)
-    want, want_lse = _reference(paging, query, tokens)
+    want, want_lse = expected(paging, query, tokens)
     assert_close(out, want, tolerance=ROUNDING + unit)
+    assert_close(lse, want_lse, tolerance=ROUNDING)
+
+
+def test_scores_that_keep_growing(emulated: Emulated) -> None:
+    """Every warp meets larger and larger maxima, and rescales what it has."""
+    tokens = (1560,)
+    paging = stored(SMALL, tokens, 1)
+    query = 8 * query_of(paging, 8)
+    out, lse = emulated.decode(paging, query, tokens)
+    want, want_lse = expected(paging, query, tokens)
+    assert_close(out, want, tolerance=ROUNDING)
     assert_close(lse, want_lse, tolerance=ROUNDING)
 
 
@@ -146,8 +94,8 @@ def test_other_dtypes_of_the_query(dtype: torch.dtype, unit: float, emulated: Em
 def test_codes_with_an_exponent_give_the_same_products(name: str, emulated: Emulated) -> None:
     """Products and factors are exact either way: only the order of roundings differs."""
     tokens = (333,)
-    paging = _stored(RecordLayout(PRESETS[name], 64), tokens, 1)
-    query = _query(paging, 8)
+    paging = stored(RecordLayout(PRESETS[name], 64), tokens, 1)
+    query = query_of(paging, 8)
     plain, _ = emulated.decode(paging, query, tokens)
     emulated.magic = True
     magic, lse = emulated.decode(paging, query, tokens)
@@ -160,9 +108,9 @@ def test_any_grid_and_order_agree_and_leave_the_counters_zero(
     processors: int, emulated: Emulated
 ) -> None:
     tokens = (700, 0, 1, 0, 333, 64)
-    paging = _stored(SMALL, tokens, 2)
-    query = _query(paging, 3)
-    want, want_lse = _reference(paging, query, tokens)
+    paging = stored(SMALL, tokens, 2)
+    query = query_of(paging, 3)
+    want, want_lse = expected(paging, query, tokens)
     emulated.processors = processors
     cuda._scratch.cache_clear()
     nbytes = cuda.workspace_bytes(9, 6, 2, SMALL, torch.device("cpu"))
@@ -183,9 +131,9 @@ def test_any_grid_and_order_agree_and_leave_the_counters_zero(
 def test_many_requests_share_a_lane_of_the_scan(emulated: Emulated) -> None:
     """More than 32 requests: lanes sum several lengths and the place is found in two steps."""
     tokens = tuple(itertools.islice(itertools.cycle((3, 0, 17, 64, 1)), 75))
-    paging = _stored(SMALL, tokens, 1)
-    query = _query(paging, 1)
-    want, want_lse = _reference(paging, query, tokens)
+    paging = stored(SMALL, tokens, 1)
+    query = query_of(paging, 1)
+    want, want_lse = expected(paging, query, tokens)
     for processors in (1, 9):
         emulated.processors = processors
         out, lse = emulated.decode(paging, query, tokens)
@@ -202,17 +150,17 @@ def test_hits_and_a_missing_sink(emulated: Emulated) -> None:
         key, value = draw("gaussian", rows, seed=i), draw("gaussian", rows, seed=i + 50)
         store_sequence(paging, i, key, value, [rows[0]], start=first)
     assert paging.page_table[1, HIT_COLUMN] == 3
-    query = _query(paging, 2)
+    query = query_of(paging, 2)
     out, lse = emulated.decode(paging, query, tokens)
-    want, want_lse = _reference(paging, query, tokens)
+    want, want_lse = expected(paging, query, tokens)
     assert_close(out, want, tolerance=ROUNDING)
     assert_close(lse, want_lse, tolerance=ROUNDING)
 
 
 def test_a_hit_count_beyond_the_request_is_not_followed(emulated: Emulated) -> None:
     tokens = (1, 40)
-    paging = _stored(SMALL, tokens, 1)
-    query = _query(paging, 8)
+    paging = stored(SMALL, tokens, 1)
+    query = query_of(paging, 8)
     want, _ = emulated.decode(paging, query, tokens)
     paging.page_table[:, HIT_COLUMN] = 1000
     got, _ = emulated.decode(paging, query, tokens)
@@ -223,9 +171,9 @@ def test_bytes_that_are_not_written_change_no_bit(emulated: Emulated) -> None:
     tokens = (250, 64, 1)
     results = []
     for fill in POISONS:
-        paging = _stored(SMALL, tokens, 1, fill=fill)
+        paging = stored(SMALL, tokens, 1, fill=fill)
         paging.poison_unused(fill)
-        results.append(emulated.decode(paging, _query(paging, 4), tokens))
+        results.append(emulated.decode(paging, query_of(paging, 4), tokens))
     for out, lse in results[1:]:
         assert_same_bits(out, results[0][0])
         assert_same_bits(lse, results[0][1])
@@ -233,12 +181,12 @@ def test_bytes_that_are_not_written_change_no_bit(emulated: Emulated) -> None:
 
 def test_strides_are_respected(emulated: Emulated) -> None:
     tokens = (150, 0, 70)
-    paging = _stored(SMALL, tokens, 2)
-    fused = _query(paging, 5)  # a slice of a fused projection
+    paging = stored(SMALL, tokens, 2)
+    fused = query_of(paging, 5)  # a slice of a fused projection
     query = fused[:, :4]
     assert not query.is_contiguous()
     out, _ = emulated.decode(paging, query, tokens)
-    want, _ = _reference(paging, query.contiguous(), tokens)
+    want, _ = expected(paging, query.contiguous(), tokens)
     assert_close(out, want, tolerance=ROUNDING)
     with pytest.raises(ValueError, match=r"^query has strides .* Pass dense heads"):
         emulated.decode(paging, fused[:, ::2], tokens)

@@ -66,9 +66,9 @@ decode_kernel(const Element* query, const u8* cache, const int* table, const int
     __syncwarp();
 
     const Batch batch{table, lengths, u64(table_stride), requests, kv_heads, (ratio + HEADS - 1) / HEADS};
-    Place segment;
-    const Share share = take_share(batch, cta, ctas, least, segment);
-    Place ahead = segment;  // of the unit that this warp fetches
+    Place place;
+    const Share share = take_share(batch, cta, ctas, least, place);
+    Place ahead = place;  // of the unit that this warp fetches
     int fetched = share.begin + warp;
     Unit next{nullptr, 0, 0};
     if (fetched < share.end) {
@@ -85,16 +85,15 @@ decode_kernel(const Element* query, const u8* cache, const int* table, const int
     }
     u32 parity = 0;
     for (int at = share.begin; at < share.end;) {  // units of one head block at a time
-        const int start = at - segment.index, stop = start + segment.row.units;
-        const int end = min(share.end, stop);
-        const int head = segment.head * ratio + segment.block * HEADS;
-        const int heads = min(HEADS, ratio - segment.block * HEADS);
-        const u64 request = u64(segment.request);
+        const Segment segment = segment_at(share, place, at);
+        const int head = place.head * ratio + place.block * HEADS;
+        const int heads = min(HEADS, ratio - place.block * HEADS);
+        const u64 request = u64(place.request);
         load_query(slot.query, query + request * query_stride + u64(head) * D, heads, scale);
-        __syncthreads();
+        __syncthreads();  // the query is there, and all have read regions and states
         State state;
         clear(state);
-        while (fetched < end) {
+        while (fetched < segment.end) {
             const Unit unit = next;
             fetched += WARPS;
             const bool more = fetched < share.end;
@@ -134,36 +133,34 @@ decode_kernel(const Element* query, const u8* cache, const int* table, const int
 
         Element* const result = out + request * out_stride + u64(head) * D;
         float* const result_lse = lse + request * (u64(kv_heads) * ratio) + head;
-        const int first = start / share.size, parts = (stop - 1) / share.size - first + 1;
         for (int i = warp; i < heads; i += WARPS) {
             Sum sum = merge_warps(regions, states, i);
-            if (parts == 1)
+            if (segment.parts == 1)
                 write_result(result + u64(i) * D, result_lse + i, sum);
             else
-                write_partial(partials + u64(2 * cta + (cta == first)) * PARTIAL, i, sum);
+                write_partial(partial_of(partials, segment.first, cta - segment.first), i, sum);
         }
-        if (parts > 1) {
+        if (segment.parts > 1) {
             __syncthreads();
             if (threadIdx.x == 0) {
                 u32* const counter = counters + request * batch.pairs() +
-                                     segment.head * batch.blocks + segment.block;
-                const bool last = arrive_global(counter) == u32(parts - 1);
+                                     place.head * batch.blocks + place.block;
+                const bool last = arrive_global(counter) == u32(segment.parts - 1);
                 if (last) *counter = 0;
                 store_shared(base + FLAG_AT, last);
             }
             __syncthreads();
             if (load_shared(base + FLAG_AT))
                 for (int i = warp; i < heads; i += WARPS) {
-                    Sum sum = merge_partials(partials, first, parts, i);
+                    Sum sum = merge_partials(partials, segment.first, segment.parts, i);
                     write_result(result + u64(i) * D, result_lse + i, sum);
                 }
         }
-        at = end;
+        at = segment.end;
         if (at < share.end) {
-            segment.index = segment.row.units - 1;
-            advance(batch, segment, 1);
+            place.index = place.row.units - 1;
+            advance(batch, place, 1);
         }
-        __syncthreads();  // regions, states and query are free
     }
 
     for (int request = cta; request < requests; request += ctas)  // padded rows

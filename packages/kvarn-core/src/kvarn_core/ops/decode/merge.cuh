@@ -1,8 +1,7 @@
 // From warps to CTAs to results: parts of a head block are added in a fixed order.
 //
 // Every part is (outputs, maximum, sum of probabilities) per head. Warps of a CTA meet in shared
-// memory, CTAs in two partials each: one for a head block that the CTA continues, one for a head
-// block that it begins.
+// memory, CTAs in partials in global memory.
 #pragma once
 #include "attend.cuh"
 #include "channels.cuh"
@@ -68,10 +67,9 @@ DEVICE void write_partial(float* partial, int head, const Sum& sum) {
     }
 }
 
-// Partials of a head block that lies in CTAs first .. first + parts - 1, in this order. A CTA has two
-// slots: one for a head block that it continues, one for a head block that it begins.
-DEVICE const float* partial_of(const float* partials, int first, int part) {
-    return partials + u64(2 * (first + part) + (part == 0)) * PARTIAL;
+// Part `part` of a head block that begins in CTA `first`.
+template <class T> DEVICE T* partial_of(T* partials, int first, int part) {
+    return partials + u64(slot_of(first + part, first)) * PARTIAL;
 }
 
 DEVICE Sum merge_partials(const float* partials, int first, int parts, int head) {

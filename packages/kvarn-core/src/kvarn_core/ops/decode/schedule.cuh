@@ -162,3 +162,18 @@ DEVICE void advance(const Batch& batch, Place& at, int step) {
         while (at.row.units == 0);
     }
 }
+
+// Units [.., end) of the line that a CTA has of the head block at `place`, of which the CTAs first,
+// first + 1, ... have `parts` parts.
+struct Segment {
+    int end, first, parts;
+};
+
+DEVICE Segment segment_at(const Share& share, const Place& place, int at) {
+    const int start = at - place.index, stop = start + place.row.units, first = start / share.size;
+    return {min(share.end, stop), first, (stop - 1) / share.size - first + 1};
+}
+
+// Where a CTA leaves its part: it has two slots, one for a head block that it continues and one for
+// a head block that it begins.
+DEVICE int slot_of(int cta, int first) { return 2 * cta + (cta == first); }
