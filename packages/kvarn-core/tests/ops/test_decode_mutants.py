@@ -27,7 +27,7 @@ TOKENS = (1560, 0, 40, 263, 200)  # several units per warp; rings that wrap
 
 # name, file beside decode.cu, text there, text of the mutant
 MUTANTS = [
-    ("tokens-under-the-sink-show", "attend.cuh", "row < hidden", "row < 0 * hidden"),
+    ("tokens-under-the-sink-show", "attend.cuh", "row < hidden", "row < hidden / 2"),
     ("rows-past-the-last-show", "attend.cuh", ">= unit.count)", "> unit.count)"),
     ("one-barrier-phase-is-skipped", "decode.cu", "parity ^= 1", "parity ^= unit.count == 0"),
     ("sums-are-not-rescaled", "attend.cuh", "s.sum[e] *= factor[e]", "(void)factor[e]"),
