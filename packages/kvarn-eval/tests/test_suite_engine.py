@@ -38,7 +38,7 @@ def test_a_server_answers_a_task_and_a_load(tmp_path: Path) -> None:
     (load,) = found["loads"]
     assert load["requests"] == int(suite.server["max-num-seqs"])
     assert load["hit_share"] >= primed.min_hit_share
-    assert load["decode"] > 0
+    assert load["output_throughput"] > 0
     layout = RecordLayout(PRESETS["kvarn_k4v2_g128"], 128)
     page = 6 * layout.record_bytes  # six layers, one of two KV heads on each rank
     assert found["pool"]["pages"] == int(suite.server["kv-cache-memory-bytes"]) // page
