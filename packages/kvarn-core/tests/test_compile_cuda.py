@@ -51,21 +51,29 @@ def _variant(name: str) -> nvrtc.Variant:
     return next(v for op in (decode, quantize, store) for v in op.variants() if v.name == name)
 
 
-def _resources(variant: nvrtc.Variant) -> dict[str, int]:
-    """Registers and stack bytes of a thread, shared memory of a CTA, static instructions."""
+INSTRUCTION = re.compile(r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@\S+\s+)?([A-Z0-9_.]+)", re.M)
+
+
+def _listing(variant: nvrtc.Variant) -> str:
+    """Resources and machine code, as the tool prints them."""
     from triton import knobs
 
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(nvrtc.compile(variant.program))
         file.flush()
         command = [knobs.nvidia.cuobjdump.path, "-res-usage", "-sass", file.name]
-        result = subprocess.run(command, capture_output=True, text=True, check=True)
-    usage = dict(re.findall(r"(REG|STACK|LOCAL|SHARED):(\d+)", result.stdout))
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+
+
+def _resources(variant: nvrtc.Variant) -> dict[str, int]:
+    """Registers and stack bytes of a thread, shared memory of a CTA, static instructions."""
+    listing = _listing(variant)
+    usage = dict(re.findall(r"(REG|STACK|LOCAL|SHARED):(\d+)", listing))
     return {
         "registers": int(usage["REG"]),
         "stack_bytes": int(usage["STACK"]) + int(usage["LOCAL"]),
         "shared": int(usage["SHARED"]) + variant.shared_bytes,
-        "instructions": len(re.findall(r"^\s+/\*[0-9a-f]{4,}\*/\s", result.stdout, re.M)),
+        "instructions": len(re.findall(r"^\s+/\*[0-9a-f]{4,}\*/\s", listing, re.M)),
     }
 
 
@@ -98,6 +106,28 @@ def _table() -> dict[str, Any]:
 def test_a_form_spills_nothing_and_fits_the_table(name: str) -> None:
     variant = _variant(name)
     assert _problems(_resources(variant), _table()["kernels"][name], variant) == []
+
+
+def _loop_over_units(variant: nvrtc.Variant) -> list[str]:
+    """Instructions from the barrier before the first wait to the last bulk copy."""
+    code = INSTRUCTION.findall(_listing(variant))
+    wait = next(i for i, name in enumerate(code) if name.startswith("SYNCS.PHASECHK"))
+    begin = max(i for i, name in enumerate(code[:wait]) if name.startswith("BAR.SYNC"))
+    end = max(i for i, name in enumerate(code) if name.startswith("UBLKCP"))
+    return code[begin:end]
+
+
+@pytest.mark.parametrize("name", [v.name for v in decode.variants() if "-d128-" in v.name])
+def test_the_loop_of_decode_divides_nothing_and_loads_no_code_itself(name: str) -> None:
+    """Codes come by bulk copy and go into the tensor cores; the loop finds pages, no more."""
+    code = _loop_over_units(_variant(name))
+    kinds = {kind: sum(n.startswith(kind) for n in code) for kind in ("LDG", "HMMA", "MOVM", "LDS")}
+    unwanted = ("I2F", "F2I", "MUFU.RCP", "LDL", "STL", "BAR.SYNC", "CALL")
+    assert not [n for n in code[1:] if n.startswith(unwanted)]
+    assert kinds["LDG"] <= 6  # page, and lengths, hits and sinks of the next request
+    assert kinds["HMMA"] >= 32
+    assert kinds["MOVM"] >= 8
+    assert kinds["LDS"] >= 10
 
 
 def test_the_table_has_no_other_rows_and_names_its_compiler() -> None:

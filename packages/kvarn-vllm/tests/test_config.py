@@ -8,7 +8,7 @@ import pytest
 import torch
 from vllm import EngineArgs
 
-from kvarn_core import Recipe
+from kvarn_core import Recipe, nvrtc
 from kvarn_vllm.config import (
     Options,
     check_engine,
@@ -179,6 +179,7 @@ def complete_config(
         is_cpu=lambda: platform == "cpu",
         is_cuda=lambda: platform == "cuda",
         has_device_capability=lambda needed: capability >= needed,
+        is_device_capability=lambda needed: divmod(capability, 10) == needed,
     )
 
 
@@ -210,6 +211,16 @@ FACTS = {
         "KVarN: The triton engine cannot run: the kernels need a CUDA GPU, or TRITON_INTERPRET=1 "
         "on the CPU. Use the reference engine.",
     ),
+    "cuda-on-the-cpu": (
+        {"engine": "cuda"},
+        "KVarN: The cuda engine cannot run: its kernels need a GPU of compute capability 9.0. "
+        "Use the triton engine.",
+    ),
+    "cuda-on-a-newer-gpu": (
+        {"platform": "cuda", "capability": 100, "engine": "cuda"},
+        "KVarN: the cuda engine needs a GPU of compute capability 9.0 exactly. "
+        "Use engine auto or triton.",
+    ),
     "experts-on-several-ranks": (
         {"ranks": 2, "is_moe": True},
         "KVarN: data parallel mixture-of-experts models are not supported yet. "
@@ -237,6 +248,19 @@ def test_a_gpu_of_capability_8_serves_and_plain_torch_serves_on_any() -> None:
     check_engine(*complete_config("cuda", capability=80, ranks=2), batch_invariant=False)
     config, platform = complete_config("cuda", capability=75, engine="reference")
     check_engine(config, platform, batch_invariant=False)
+
+
+def test_the_cuda_engine_is_refused_without_its_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
+    config, platform = complete_config("cuda", engine="cuda")
+    monkeypatch.setattr(nvrtc, "obstacle", lambda: None)
+    check_engine(config, platform, batch_invariant=False)
+    monkeypatch.setattr(nvrtc, "obstacle", lambda: "the package cuda-bindings")
+    with pytest.raises(NotImplementedError) as caught:
+        check_engine(config, platform, batch_invariant=False)
+    assert str(caught.value) == (
+        "KVarN: the cuda engine needs the package cuda-bindings. "
+        "Install kvarn-core[cuda], or use engine auto or triton."
+    )
 
 
 LAYERS = {

@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Any
 import pytest
 import torch
 
-from kvarn_core import dispatch
+from kvarn_core import dispatch, nvrtc
+from kvarn_core.ops.decode import cuda
 from kvarn_vllm import config, engine
 from kvarn_vllm.__main__ import main
 from kvarn_vllm.config import Options
@@ -48,6 +49,29 @@ def test_a_gpu_that_no_kernel_serves_is_named(monkeypatch: Any) -> None:
     monkeypatch.setattr(engine, "_device", lambda _: torch.device("cuda"))
     monkeypatch.setattr(dispatch, "_triton_installed", lambda: False)
     assert "engine      none for this platform. KVarN: no kernel can serve." in as_text(report())
+
+
+def test_a_gpu_says_what_the_cuda_engine_would_run(monkeypatch: Any) -> None:
+    from vllm.platforms import current_platform
+
+    assert report()["cuda_engine"] is None
+    monkeypatch.setattr(type(current_platform), "device_type", "cuda")
+    monkeypatch.setattr(engine, "_device", lambda _: torch.device("cuda"))
+    monkeypatch.setattr(dispatch, "_triton_installed", lambda: False)  # asks for no GPU
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _=None: (8, 0))
+    assert "cuda        The cuda engine cannot run: cuda has compute capability 8.0" in (
+        as_text(report())
+    )
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _=None: (9, 0))
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(nvrtc, "obstacle", lambda: None)
+    monkeypatch.setattr(dispatch, "_triton_installed", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "a GPU")
+    for exact, form in ((True, "subnormal halves"), (False, "halves with an exponent")):
+        monkeypatch.setattr(cuda, "subnormals_are_exact", lambda _, exact=exact: exact)
+        text = as_text(report())
+        assert "cuda        The cuda engine runs on cuda, as asked for." in text
+        assert f"Codes are {form}." in text
 
 
 def test_a_model_that_cannot_be_served_is_named(

@@ -16,7 +16,7 @@ import torch
 
 from kvarn_core import nvrtc
 from kvarn_core.layout import HIT_COLUMN, SINK_COLUMN, RecordLayout
-from kvarn_core.ops.decode import cuda, decode, workspace_bytes
+from kvarn_core.ops.decode import codes_in_cuda, cuda, decode, workspace_bytes
 from kvarn_core.spec import PRESETS
 from kvarn_core.testing.compare import assert_same_bits, relative_error
 from kvarn_core.testing.inputs import draw
@@ -143,6 +143,7 @@ def _check(
 def test_tensor_cores_keep_subnormals() -> None:
     """The first kernel that runs: if this fails, loading or launching is what fails."""
     assert cuda.subnormals_are_exact(torch.device("cuda", 0))
+    assert codes_in_cuda() == "subnormal halves"
 
 
 @pytest.mark.parametrize("length", [1, 16, 17, 128, 256, 257, 385])

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from kvarn_core import PRESETS, Preset, Recipe, dispatch
+from kvarn_core import PRESETS, Preset, Recipe, dispatch, nvrtc
 from kvarn_core.layout import HEAD_DIMS
 from kvarn_core.spec import DEBUG_PRESETS
 
@@ -152,6 +152,22 @@ def _check_platform(config: Any, platform: Any) -> None:
         raise NotImplementedError(
             "KVarN: the kernels need a GPU of compute capability 8.0 or higher. Use another GPU, "
             'or plain torch, slow, with --additional-config \'{"kvarn": {"engine": "reference"}}\'.'
+        )
+    if engine == "cuda":
+        _check_cuda(platform)
+
+
+def _check_cuda(platform: Any) -> None:
+    """Refuse CUDA C++ where its machine code or its compiler is missing; touches no GPU."""
+    if not platform.is_device_capability(nvrtc.CAPABILITY):
+        raise _refusal(
+            "the cuda engine needs a GPU of compute capability 9.0 exactly",
+            "Use engine auto or triton",
+        )
+    if missing := nvrtc.obstacle():
+        raise _refusal(
+            f"the cuda engine needs {missing}",
+            "Install kvarn-core[cuda], or use engine auto or triton",
         )
 
 

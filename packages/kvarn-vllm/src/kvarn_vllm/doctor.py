@@ -8,7 +8,7 @@ from typing import Any
 import kvarn_vllm
 from kvarn_core import PRESETS, Preset, RecordLayout
 
-NO_ENGINE = {"engine": None, "engine_reason": "", "cuda_graphs": None}
+NO_ENGINE = {"engine": None, "engine_reason": "", "cuda_graphs": None, "cuda_engine": None}
 DEFAULT_PRESET = "kvarn_k4v2_g128"
 
 
@@ -34,8 +34,9 @@ def report(model: str | None = None) -> dict[str, Any]:
     -------
     dict
         Versions, whether the plugin is armed or the reason why not, the platform, the engine and
-        why, what CUDA graphs hold, and per preset: bytes per token and KV head, their ratio to 16
-        bits, header pages; with a model also bytes per token and tokens per GiB. JSON types.
+        why, what CUDA graphs hold, on a GPU what asking for engine ``cuda`` would give, and per
+        preset: bytes per token and KV head, their ratio to 16 bits, header pages; with a model also
+        bytes per token and tokens per GiB. JSON types.
 
     Raises
     ------
@@ -81,6 +82,7 @@ def as_text(found: dict[str, Any]) -> str:
         f"platform    {found['platform'] or 'unknown'}",
         f"engine      {found['engine'] or 'none for this platform'}. {found['engine_reason']}",
         f"graphs      {found['cuda_graphs'] or 'none'}",
+        *([f"cuda        {found['cuda_engine']}"] if found["cuda_engine"] else []),
         "",
         f"Head dimension {found['head_dim']}; bytes of keys and values per token and KV head:",
     ]
@@ -107,16 +109,30 @@ def _served(layout: RecordLayout) -> dict[str, Any]:
     if device not in ("cpu", "cuda"):
         return NO_ENGINE
     options = Options()
+    in_cuda = _in_cuda(layout) if device == "cuda" else None
     try:
         engine = choose(options, layout, device)
     except RuntimeError as error:
-        return {**NO_ENGINE, "engine_reason": str(error)}
+        return {**NO_ENGINE, "engine_reason": str(error), "cuda_engine": in_cuda}
     graphs = "decode steps whole, steps with prefills in pieces"
     return {
         "engine": engine,
         "engine_reason": explain(options, layout, device),
         "cuda_graphs": graphs if serves_batches(options, layout, device) else None,
+        "cuda_engine": in_cuda,
     }
+
+
+def _in_cuda(layout: RecordLayout) -> str:
+    """What engine ``cuda`` would run here, in which form, or why it cannot."""
+    from kvarn_core.ops.decode import codes_in_cuda
+    from kvarn_vllm.config import Options
+    from kvarn_vllm.engine import explain
+
+    try:
+        return f"{explain(Options(engine='cuda'), layout, 'cuda')} Codes are {codes_in_cuda()}."
+    except RuntimeError as error:
+        return str(error)
 
 
 def _sizes(layout: RecordLayout, shape: Shape | None) -> dict[str, float]:

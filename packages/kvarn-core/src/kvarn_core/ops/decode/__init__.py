@@ -128,6 +128,30 @@ def workspace_bytes(batch: int, num_q_heads: int, num_kv_heads: int, layout: Rec
     return nbytes
 
 
+def codes_in_cuda() -> str:
+    """Say how the cuda engine makes codes on the current GPU, after a test of its tensor cores.
+
+    Returns
+    -------
+    str
+        ``"subnormal halves"``, or ``"halves with an exponent"`` where tensor cores lose subnormals.
+
+    Raises
+    ------
+    RuntimeError
+        If the test cannot be compiled or run.
+
+    References
+    ----------
+    docs/explanation/kernels.md, section "Decode on CUDA".
+    """
+    from kvarn_core.ops.decode import cuda
+
+    device = torch.device("cuda", torch.cuda.current_device())
+    exact = cuda.subnormals_are_exact(device)
+    return "subnormal halves" if exact else "halves with an exponent"
+
+
 def attend(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *, sm_scale: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
