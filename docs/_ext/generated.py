@@ -59,7 +59,8 @@ class CommandHelp(SphinxDirective):
         from typer.main import get_command
         from typer.testing import CliRunner
 
-        from kvarn_eval.cli import SMALL_MODEL, app
+        from kvarn_eval.cli import app
+        from kvarn_eval.small_model import SMALL_MODEL
 
         checkout = f"{SMALL_MODEL.parents[3]}/"
         found: list[nodes.Node] = []

@@ -8,9 +8,10 @@ import pytest
 from typer.testing import CliRunner
 
 from kvarn_eval import fidelity_gates
-from kvarn_eval.cli import SMALL_MODEL, app
+from kvarn_eval.cli import app
 from kvarn_eval.fidelity import ARMS
 from kvarn_eval.schema import Verdict
+from kvarn_eval.small_model import SMALL_MODEL
 
 if TYPE_CHECKING:
     from collections.abc import Callable

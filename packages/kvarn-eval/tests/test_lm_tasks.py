@@ -7,9 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from kvarn_eval.cli import SMALL_MODEL
 from kvarn_eval.lm_tasks import Scores, check_task, chosen, identity, score, write_family
-from kvarn_eval.small_model import tokenizer
+from kvarn_eval.small_model import SMALL_MODEL, tokenizer
 from kvarn_eval.suite import Suite, Task, load_suite
 
 if TYPE_CHECKING:

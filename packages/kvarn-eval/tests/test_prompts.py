@@ -5,8 +5,8 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from kvarn_eval.cli import SMALL_MODEL
 from kvarn_eval.prompts import PromptSource, write_requests
+from kvarn_eval.small_model import SMALL_MODEL
 
 if TYPE_CHECKING:
     from pathlib import Path

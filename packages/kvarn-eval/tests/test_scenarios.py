@@ -5,9 +5,9 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from kvarn_eval.cli import SMALL_MODEL
 from kvarn_eval.prompts import PromptSource
 from kvarn_eval.scenarios import loads, measurements
+from kvarn_eval.small_model import SMALL_MODEL
 from kvarn_eval.suite import Scenario, load_suite
 
 if TYPE_CHECKING:

@@ -93,9 +93,9 @@ def test_sigterm_of_the_command_ends_the_server_too(tmp_path: Path) -> None:
     program = f"""
 import signal, time
 from pathlib import Path
-from kvarn_eval.cli import _stop_on_signal
+from kvarn_eval.terminal import stop_on_signal
 from kvarn_eval.server import ServerConfig, serve
-signal.signal(signal.SIGTERM, _stop_on_signal)
+signal.signal(signal.SIGTERM, stop_on_signal)
 config = ServerConfig("model", ("--child-pid", {str(pids_file)!r}), command={FAKE!r})
 with serve(config, Path({str(tmp_path / "server.log")!r})):
     print("ready", flush=True)

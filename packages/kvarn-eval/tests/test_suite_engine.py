@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 from kvarn_core import PRESETS, RecordLayout
-from kvarn_eval.cli import SMALL_MODEL
+from kvarn_eval.small_model import SMALL_MODEL
 from kvarn_eval.suite import load_suite
 from kvarn_eval.suite_arm import Setup, observe
 from kvarn_eval.suite_run import check_all

@@ -7,8 +7,9 @@ from typing import TYPE_CHECKING, Any
 import pytest
 from typer.testing import CliRunner
 
-from kvarn_eval.cli import SMALL_MODEL, app
+from kvarn_eval.cli import app
 from kvarn_eval.schema import Model, Run, Unit, Verdict, describe_run, measure
+from kvarn_eval.small_model import SMALL_MODEL
 from kvarn_eval.suite import Limit, load_suite
 from kvarn_eval.suite_arm import Setup, earlier, observe
 from kvarn_eval.suite_run import assemble, limit_gate, run_suite

@@ -7,87 +7,31 @@ from __future__ import annotations
 
 import signal
 import sys
-from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, NoReturn
+from typing import Annotated
 
 import typer
 from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    TaskID,
-    TextColumn,
-    TimeElapsedColumn,
-)
 
 from kvarn_eval import cli_compare
 from kvarn_eval import report as reports
+from kvarn_eval.cli_run import run
 from kvarn_eval.schema import Run
-from kvarn_eval.suite_cli import run
-
-if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+from kvarn_eval.small_model import SMALL_MODEL
+from kvarn_eval.terminal import console, fail_usage, finish, progress_bars, stop_on_signal
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, help=__doc__, rich_markup_mode=None)
-console = Console(stderr=True)
 app.command()(run)
-
-SMALL_MODEL = Path(__file__).parents[2] / "models" / "small"
 
 ModelOption = Annotated[Path, typer.Option("--model", help="Folder of the small model.")]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print the result document.")]
 
 
-@contextmanager
-def _progress() -> Iterator[Callable[[str, int, int], None]]:
-    """A callback that shows what happens; on a terminal as bars, otherwise one line per step."""
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
-    shown: dict[str, TaskID] = {}
-    with Progress(*columns, TimeElapsedColumn(), console=console) as bars:
-
-        def show(what: str, done: int, steps: int) -> None:
-            key = what.partition(",")[0]
-            if key not in shown:
-                for other in shown.values():
-                    bars.stop_task(other)
-                shown[key] = bars.add_task(what, total=steps)
-                if not console.is_terminal:
-                    console.print(what)
-            bars.update(shown[key], description=what, completed=done, total=steps)
-
-        yield show
-
-
-def _stop_on_signal(number: int, frame: object) -> NoReturn:
-    """Turn SIGTERM into an exception, so that servers are reaped."""
-    raise SystemExit(128 + number)
-
-
-def _fail_usage(message: str) -> NoReturn:
-    console.print(message, style="red", markup=False)
-    raise typer.Exit(2)
-
-
 def _check_model(folder: Path) -> None:
     if not (folder / "model.safetensors").is_file():
-        _fail_usage(
+        fail_usage(
             f"{folder} has no model.safetensors. Name the small model's folder with --model."
         )
-
-
-def _finish(run: Run, out: Path, as_json: bool) -> NoReturn:
-    """Write result and report, say the verdict, exit with it."""
-    run.save(out / "result.json")
-    files = reports.render(run, out)
-    if as_json:
-        sys.stdout.write(run.model_dump_json(indent=1) + "\n")
-    console.print(
-        f"Written: {', '.join(str(file) for file in files)}", markup=False, soft_wrap=True
-    )
-    console.print(reports.headline(run), markup=False, soft_wrap=True)
-    raise typer.Exit(run.verdict.exit_code)
 
 
 @app.command()
@@ -105,21 +49,21 @@ def demo(
 
     _check_model(model)
     if kv_cache_dtype not in PRESETS:
-        _fail_usage(f"{kv_cache_dtype} is not a preset. Choose one of {', '.join(PRESETS)}.")
+        fail_usage(f"{kv_cache_dtype} is not a preset. Choose one of {', '.join(PRESETS)}.")
     out.mkdir(parents=True, exist_ok=True)
-    signal.signal(signal.SIGTERM, _stop_on_signal)
+    signal.signal(signal.SIGTERM, stop_on_signal)
     settings = Settings(
         model=model, cache_dtype=kv_cache_dtype, items=items, cache_bytes=cache_mib << 20
     )
     try:
-        with _progress() as progress:
+        with progress_bars() as progress:
             run = run_demo(settings, out, progress)
     except RuntimeError as error:
         console.print(str(error), style="red", markup=False, soft_wrap=True)
         raise typer.Exit(1) from error
     if not as_json:
         Console().print(reports.comparison(run, REFERENCE, TESTED))
-    _finish(run, out, as_json)
+    finish(run, out, as_json)
 
 
 @app.command()
@@ -147,21 +91,21 @@ def fidelity(
 
     _check_model(model)
     if device.startswith("cuda") and not torch.cuda.is_available():
-        _fail_usage("torch sees no CUDA GPU. Use --device cpu.")
+        fail_usage("torch sees no CUDA GPU. Use --device cpu.")
     if preset not in PRESETS:
-        _fail_usage(f"{preset} is not a preset. Choose one of {', '.join(PRESETS)}.")
+        fail_usage(f"{preset} is not a preset. Choose one of {', '.join(PRESETS)}.")
     profiles = tuple(profile or PROFILES)
     if unknown := set(profiles) - set(PROFILES):
-        _fail_usage(f"Unknown profile {unknown.pop()}. Choose of {', '.join(PROFILES)}.")
+        fail_usage(f"Unknown profile {unknown.pop()}. Choose of {', '.join(PROFILES)}.")
     out.mkdir(parents=True, exist_ok=True)
     settings = Settings(sequences, problems, length, profiles, PRESETS[preset], device)
     earlier = Run.load(baseline) if baseline else None
     try:
-        with _progress() as progress:
+        with progress_bars() as progress:
             run = run_fidelity(model, settings, progress, earlier)
     except ValueError as error:
-        _fail_usage(str(error))
-    _finish(run, out, as_json)
+        fail_usage(str(error))
+    finish(run, out, as_json)
 
 
 @app.command()
@@ -215,7 +159,7 @@ def throughput(
     else:
         engine["kv_cache_memory_bytes"] = cache_mib << 20
     out.mkdir(parents=True, exist_ok=True)
-    signal.signal(signal.SIGTERM, _stop_on_signal)
+    signal.signal(signal.SIGTERM, stop_on_signal)
     try:
         settings = Settings(
             model=model,
@@ -231,10 +175,10 @@ def throughput(
             turboquant_flash_attention=turboquant_flash_attention,
             environment={} if torch.cuda.is_available() else CPU_ENVIRONMENT,
         )
-        with _progress() as progress:
+        with progress_bars() as progress:
             run, errors = run_throughput(settings, out, progress, reuse=reuse)
     except ValueError as error:
-        _fail_usage(str(error))
+        fail_usage(str(error))
     except RuntimeError as error:
         console.print(str(error), style="red", markup=False, soft_wrap=True)
         raise typer.Exit(1) from error
@@ -269,9 +213,9 @@ def solve(
     _check_model(model)
     known = {name: name for name in FAMILIES}
     if family not in known:
-        _fail_usage(f"{family} is not a task family. Choose one of {', '.join(known)}.")
+        fail_usage(f"{family} is not a task family. Choose one of {', '.join(known)}.")
     weights, right = SmallModel.load(model), 0
-    with _progress() as progress:
+    with progress_bars() as progress:
         for seed in range(items):
             item = make_item(
                 known[family],
@@ -329,13 +273,13 @@ def report(
         try:
             runs.append(Run.load(path))
         except ValueError as error:
-            _fail_usage(f"{path} is not a result of this version: {error}")
+            fail_usage(f"{path} is not a result of this version: {error}")
     run, folder = runs[0], out or result.parent
     folder.mkdir(parents=True, exist_ok=True)
     try:
         files = reports.render(run, folder, runs[1:])
     except ValueError as error:
-        _fail_usage(str(error))
+        fail_usage(str(error))
     if as_json:
         sys.stdout.write(run.model_dump_json(indent=1) + "\n")
     console.print(

@@ -12,8 +12,7 @@ from rich.console import Console
 from kvarn_eval import compare_report, stored
 from kvarn_eval.compare import compare as judge
 from kvarn_eval.sides import Document, pool
-
-console = Console(stderr=True)
+from kvarn_eval.terminal import console
 
 BaseOption = Annotated[
     list[Path] | None, typer.Option("--base", exists=True, help="Another run of the base.")

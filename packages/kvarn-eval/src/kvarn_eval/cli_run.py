@@ -9,6 +9,9 @@ from typing import Annotated
 
 import typer
 
+from kvarn_eval.small_model import SMALL_MODEL
+from kvarn_eval.terminal import console, fail_usage, finish, progress_bars, stop_on_signal
+
 
 def run(
     suite: Annotated[str, typer.Argument(help="Name of a suite, or a TOML file.")],
@@ -39,7 +42,6 @@ def run(
     as_json: Annotated[bool, typer.Option("--json", help="Print the result document.")] = False,
 ) -> None:
     """Run a suite: servers one after the other, the same questions, the limits of the suite."""
-    from kvarn_eval import cli
     from kvarn_eval.preflight import DUMMY, PARTS, Missing, weights_sha256
     from kvarn_eval.suite import load_suite
     from kvarn_eval.suite_arm import Setup
@@ -52,14 +54,12 @@ def run(
         if scenario:
             loaded = loaded.sending(scenario)
     except ValueError as error:
-        cli._fail_usage(str(error))
+        fail_usage(str(error))
     if items is not None:
         loaded = loaded.model_copy(update={"emulated_items": items})
     if model is None and not loaded.small_model:
-        cli._fail_usage(
-            f"Suite {loaded.name} measures your checkpoint. Name its folder with --model."
-        )
-    checkpoint = model or cli.SMALL_MODEL
+        fail_usage(f"Suite {loaded.name} measures your checkpoint. Name its folder with --model.")
+    checkpoint = model or SMALL_MODEL
     folder = out or Path(f"{loaded.name}-results")
     folder.mkdir(parents=True, exist_ok=True)
     setup = Setup(
@@ -71,16 +71,16 @@ def run(
         load_format=load_format,
         tensor_parallel=tensor_parallel or loaded.tensor_parallel,
     )
-    signal.signal(signal.SIGTERM, cli._stop_on_signal)
+    signal.signal(signal.SIGTERM, stop_on_signal)
     try:
-        with cli._progress() as progress:
+        with progress_bars() as progress:
             check_all(setup, progress)
             if load_format != DUMMY:
                 setup = replace(setup, weights_sha256=weights_sha256(checkpoint))
             result = run_suite(setup, progress, reuse=reuse)
     except ValueError as error:
-        cli._fail_usage(str(error))
+        fail_usage(str(error))
     except (Missing, RuntimeError) as error:
-        cli.console.print(str(error), style="red", markup=False, soft_wrap=True)
+        console.print(str(error), style="red", markup=False, soft_wrap=True)
         raise typer.Exit(1) from error
-    cli._finish(result, folder, as_json)
+    finish(result, folder, as_json)
