@@ -15,6 +15,7 @@ from kvarn_core.rotation import exact_rows
 from kvarn_core.spec import Recipe
 from kvarn_core.testing.compare import assert_same_bits
 from kvarn_core.testing.inputs import draw
+from kvarn_core.testing.paging import allocate
 from kvarn_core.testing.records import assert_equivalent_records
 
 if TYPE_CHECKING:
@@ -64,6 +65,25 @@ def store(
         seal(*where, **common, **seal_options)
         append(*where, **common)
     paging.cache = cache.cpu()
+
+
+def assert_a_thousand_runs_agree(layout: RecordLayout, engine: str, device: torch.device) -> None:
+    """Store prompts of four requests a thousand times; every run leaves the same bytes."""
+    total = 700
+    rows = [new_rows(layout, total, seed=i, heads=8) for i in range(4)]
+    paging = allocate(layout, [total] * 4, num_kv_heads=8, seed=11, fill=FILL)
+    key, value = (torch.cat(part).to(device) for part in zip(*rows, strict=True))
+    empty, table = paging.cache.to(device), paging.page_table.to(device)
+    lens = torch.full((4,), total, dtype=torch.int32, device=device)
+    starts = torch.arange(5, dtype=torch.int32, device=device) * total
+    first = None
+    for _ in range(1000):
+        cache = empty.clone()
+        where = (key, value, cache, table, lens, starts)
+        for write in (write_sink, seal, append):
+            write(*where, layout=layout, max_query_len=total, engine=engine)
+        first = cache if first is None else first
+        assert torch.equal(cache, first)
 
 
 def step(

@@ -11,7 +11,7 @@ from kvarn_core.ops.quantize import cuda, dequantize, quantize
 from kvarn_core.rotation import exact_rows
 from kvarn_core.spec import PRESETS, Recipe
 from kvarn_core.testing.compare import assert_same_bits
-from kvarn_core.testing.inputs import DISTRIBUTIONS, draw, gaussian, spread_tiles
+from kvarn_core.testing.inputs import DISTRIBUTIONS, draw, gaussian, uneven_tiles
 from kvarn_core.testing.records import assert_equivalent_records
 
 pytest.importorskip("ziglang", reason="builds C++ for the CPU; the package ziglang is missing")
@@ -41,15 +41,6 @@ def _records(
 ) -> torch.Tensor:
     halves = cuda.encode_key(key, layout, recipe), cuda.encode_value(value, layout, recipe)
     return torch.cat(halves, dim=1)
-
-
-def _tiles(layout: RecordLayout, count: int, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
-    """Tiles [count, G, D] with uneven tokens and channels; keys have channel means as well."""
-    shape = (count, layout.group, layout.head_dim)
-    key = spread_tiles(*shape, row_spread=0.3, col_spread=0.15, seed=2 * seed)
-    key += 3 * gaussian((count, 1, layout.head_dim), torch.Generator().manual_seed(seed))
-    value = 0.2 * spread_tiles(*shape, row_spread=0.5, col_spread=0.4, seed=2 * seed + 1)
-    return key.half(), value.half()
 
 
 def _check(
@@ -84,7 +75,7 @@ def _check(
 )
 def test_records_are_those_of_the_reference(preset: str, dim: int, recipe: Recipe) -> None:
     layout = RecordLayout(PRESETS[preset], dim)
-    _check(*_tiles(layout, 2), layout, recipe)
+    _check(*uneven_tiles(layout, 2), layout, recipe)
 
 
 @pytest.mark.parametrize("layout", [SMALL, TWO_BIT], ids=lambda layout: layout.preset.name[6:])
@@ -97,12 +88,12 @@ def test_hostile_tiles_are_those_of_the_reference(name: str, layout: RecordLayou
 
 @pytest.mark.parametrize("scale", [1e-7, 1e-4, 1e-2, 1e3])
 def test_magnitudes_are_those_of_the_reference(scale: float) -> None:
-    key, value = (scale * tiles.float() for tiles in _tiles(SMALL, 2))
+    key, value = (scale * tiles.float() for tiles in uneven_tiles(SMALL, 2))
     _check(key.half(), value.half(), SMALL)
 
 
 def test_a_row_or_column_of_zeros_is_that_of_the_reference() -> None:
-    key, value = _tiles(SMALL, 4)
+    key, value = uneven_tiles(SMALL, 4)
     for tiles in (key, value):
         tiles[0, 5] = 0
         tiles[1, :, 5] = 0
@@ -137,14 +128,14 @@ def test_zero_and_constant_tiles_decode_exactly(recipe: Recipe) -> None:
 
 
 def test_neither_neighbours_nor_the_order_of_threads_matter(seed: dict[str, int]) -> None:
-    key, value = _tiles(SMALL, 3)
+    key, value = uneven_tiles(SMALL, 3)
     first = _records(key, value, SMALL)
     for seed["seed"] in (1, 2, 3):
         assert_same_bits(_records(key[1:2], value[1:2], SMALL), first[1:2])
 
 
 def test_strides_and_no_tiles() -> None:
-    key, value = _tiles(SMALL, 2)
+    key, value = uneven_tiles(SMALL, 2)
     strided = torch.stack((key, value), dim=2)  # [N, G, 2, D]
     whole = _records(key, value, SMALL)
     assert_same_bits(_records(strided[:, :, 0], strided[:, :, 1], SMALL), whole)

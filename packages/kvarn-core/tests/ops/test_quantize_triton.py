@@ -15,7 +15,7 @@ from kvarn_core.ops.quantize.triton import GAUSSIAN_STEP, _round, k_order, m_ord
 from kvarn_core.rotation import exact_rows
 from kvarn_core.spec import PRESETS, Recipe
 from kvarn_core.testing.compare import assert_same_bits
-from kvarn_core.testing.inputs import DISTRIBUTIONS, draw, gaussian, spread_tiles
+from kvarn_core.testing.inputs import DISTRIBUTIONS, draw, uneven_tiles
 from kvarn_core.testing.records import assert_equivalent_records
 
 pytestmark = pytest.mark.kernel
@@ -40,15 +40,6 @@ SHAPES = [
 ]
 
 
-def _tiles(layout: RecordLayout, count: int, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
-    """Tiles [count, G, D] with uneven tokens and channels; keys have channel means as well."""
-    shape = (count, layout.group, layout.head_dim)
-    key = spread_tiles(*shape, row_spread=0.3, col_spread=0.15, seed=2 * seed)
-    key += 3 * gaussian((count, 1, layout.head_dim), torch.Generator().manual_seed(seed))
-    value = 0.2 * spread_tiles(*shape, row_spread=0.5, col_spread=0.4, seed=2 * seed + 1)
-    return key.half(), value.half()
-
-
 def _check(
     key: torch.Tensor,
     value: torch.Tensor,
@@ -66,7 +57,7 @@ def test_records_are_those_of_the_reference(
     preset: str, dim: int, recipe: Recipe, kernel_device: torch.device
 ) -> None:
     layout = RecordLayout(PRESETS[preset], dim)
-    _check(*_tiles(layout, 2), layout, recipe, kernel_device)
+    _check(*uneven_tiles(layout, 2), layout, recipe, kernel_device)
 
 
 @pytest.mark.gpu
@@ -75,7 +66,7 @@ def test_records_are_those_of_the_reference(
 @pytest.mark.parametrize("preset", PRESETS)
 def test_many_records_are_those_of_the_reference(preset: str, dim: int, recipe: Recipe) -> None:
     layout = RecordLayout(PRESETS[preset], dim)
-    _check(*_tiles(layout, 8, seed=1), layout, recipe, torch.device("cuda"))
+    _check(*uneven_tiles(layout, 8, seed=1), layout, recipe, torch.device("cuda"))
 
 
 @pytest.mark.parametrize("layout", [SMALL, TWO_BIT], ids=lambda layout: layout.preset.name[6:])
@@ -89,7 +80,7 @@ def test_hostile_tiles_are_those_of_the_reference(
 
 
 def test_a_row_or_column_of_zeros_is_that_of_the_reference(kernel_device: torch.device) -> None:
-    key, value = _tiles(SMALL, 4)
+    key, value = uneven_tiles(SMALL, 4)
     for tiles in (key, value):
         tiles[0, 5] = 0
         tiles[1, :, 5] = 0
@@ -115,7 +106,7 @@ def test_zero_and_constant_tiles_decode_exactly(
 
 
 def test_magnitude_does_not_matter(kernel_device: torch.device) -> None:
-    key, value = _tiles(SMALL, 1)
+    key, value = uneven_tiles(SMALL, 1)
     records = [
         quantize(
             (key * scale).to(kernel_device), (value * scale).to(kernel_device), SMALL,
@@ -132,7 +123,7 @@ def test_magnitude_does_not_matter(kernel_device: torch.device) -> None:
 
 
 def test_a_record_depends_on_its_own_tile_only(kernel_device: torch.device) -> None:
-    key, value = (tiles.to(kernel_device) for tiles in _tiles(SMALL, 3))
+    key, value = (tiles.to(kernel_device) for tiles in uneven_tiles(SMALL, 3))
     together = quantize(key, value, SMALL, engine="triton")
     key[0], value[2] = 60000, 0
     alone = quantize(key[1:2], value[1:2], SMALL, engine="triton")
@@ -141,7 +132,7 @@ def test_a_record_depends_on_its_own_tile_only(kernel_device: torch.device) -> N
 
 
 def test_halves_strides_and_no_tiles(kernel_device: torch.device) -> None:
-    key, value = (tiles.to(kernel_device) for tiles in _tiles(SMALL, 2))
+    key, value = (tiles.to(kernel_device) for tiles in uneven_tiles(SMALL, 2))
     whole = quantize(key, value, SMALL, engine="triton")
     cut = SMALL.key_bytes
     strided = torch.stack((key, value), dim=2)  # [N, G, 2, D]
@@ -156,7 +147,7 @@ def test_halves_strides_and_no_tiles(kernel_device: torch.device) -> None:
 @pytest.mark.gpu
 def test_a_thousand_runs_give_one_result() -> None:
     layout = RecordLayout(PRESETS["kvarn_k4v2_g128"], 128)
-    key, value = (tiles.cuda() for tiles in _tiles(layout, 300))
+    key, value = (tiles.cuda() for tiles in uneven_tiles(layout, 300))
     first = quantize(key, value, layout, engine="triton")
     for _ in range(999):
         assert_same_bits(quantize(key, value, layout, engine="triton"), first)

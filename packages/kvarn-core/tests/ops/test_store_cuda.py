@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from store_steps import FILL, assert_same_cache, new_rows, store
+from store_steps import FILL, assert_a_thousand_runs_agree, assert_same_cache, new_rows, store
 
 from kvarn_core import nvrtc
 from kvarn_core.layout import HEAD_DIMS, RecordLayout
@@ -97,22 +97,7 @@ def test_one_graph_stores_every_position(hopper: torch.device) -> None:
 @pytest.mark.parametrize("dim", HEAD_DIMS)
 @pytest.mark.parametrize("preset", PRESETS)
 def test_a_thousand_runs_give_one_result(preset: str, dim: int, hopper: torch.device) -> None:
-    layout = RecordLayout(PRESETS[preset], dim)
-    total = 700
-    rows = [new_rows(layout, total, seed=i, heads=8) for i in range(4)]
-    paging = allocate(layout, [total] * 4, num_kv_heads=8, seed=11, fill=FILL)
-    key, value = (torch.cat(part).to(hopper) for part in zip(*rows, strict=True))
-    empty, table = _on_gpu(paging, hopper)
-    lens = torch.full((4,), total, dtype=torch.int32, device=hopper)
-    starts = torch.arange(5, dtype=torch.int32, device=hopper) * total
-    first = None
-    for _ in range(1000):
-        cache = empty.clone()
-        for write in (write_sink, seal, append):
-            write(key, value, cache, table, lens, starts, layout=layout, max_query_len=total,
-                  engine="cuda")  # fmt: skip
-        first = cache if first is None else first
-        assert torch.equal(cache, first)
+    assert_a_thousand_runs_agree(RecordLayout(PRESETS[preset], dim), "cuda", hopper)
 
 
 @pytest.mark.gpu

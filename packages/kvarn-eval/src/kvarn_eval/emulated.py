@@ -12,10 +12,10 @@ from typing import TYPE_CHECKING
 from kvarn_core import PRESETS
 from kvarn_eval.fidelity import CachePolicy, PolicyCache, load_model
 from kvarn_eval.lm_tasks import HELD_OUT_SEED
-from kvarn_eval.schema import Arm, Measurement, Unit, measure
+from kvarn_eval.schema import Arm, Measurement
 from kvarn_eval.small_model import tasks as families
 from kvarn_eval.small_model.evaluate import exact_match
-from kvarn_eval.stats import mean_interval
+from kvarn_eval.task_gates import POOLED, accuracy
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -23,7 +23,6 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
-    from kvarn_eval.schema import Scalar
     from kvarn_eval.suite import EmulatedArm, Suite, Task
 
 
@@ -107,21 +106,10 @@ def run_emulated(
 
 
 def _accuracy(profile: str, arm: str, right: dict[str, list[float]]) -> list[Measurement]:
-    def share(name: str, values: list[float], strata: list[str]) -> Measurement:
-        context: dict[str, Scalar] = {"profile": profile, "items": len(values)}
-        return measure(
-            f"{profile}.{name}",
-            arm,
-            Unit.SHARE,
-            sum(values) / len(values),
-            better="higher",
-            interval=mean_interval(values, strata),
-            context=context,
-        )
-
     pooled = [value for values in right.values() for value in values]
     strata = [task for task, values in right.items() for _ in values]
     parts = [
-        share(f"accuracy.{task}", values, [task] * len(values)) for task, values in right.items()
+        accuracy(arm, profile, f"{POOLED}.{task}", values, [task] * len(values))
+        for task, values in right.items()
     ]
-    return [*parts, share("accuracy", pooled, strata)]
+    return [*parts, accuracy(arm, profile, POOLED, pooled, strata)]

@@ -17,6 +17,40 @@ if TYPE_CHECKING:
 POOLED = "accuracy"
 
 
+def accuracy(
+    arm: str,
+    profile: str,
+    name: str,
+    values: list[float],
+    strata: list[str],
+    raw: str | None = None,
+) -> Measurement:
+    """Share of right answers with its interval.
+
+    Parameters
+    ----------
+    arm, profile, name : str
+        Configuration, outlier profile of the model, and what is measured.
+    values : list of float
+        Score of each item, 0 to 1.
+    strata : list of str
+        Task of each item; items are resampled within their task.
+    raw : str, optional
+        File with the answers, relative to the result.
+    """
+    context: dict[str, Scalar] = {"profile": profile, "items": len(values)}
+    return measure(
+        f"{profile}.{name}",
+        arm,
+        Unit.SHARE,
+        sum(values) / len(values),
+        better="higher",
+        interval=mean_interval(values, strata),
+        context=context,
+        raw=raw,
+    )
+
+
 def measurements(
     arm: str, profile: str, found: Sequence[Scores], first_packed: int, folder: str
 ) -> list[Measurement]:
@@ -39,23 +73,11 @@ def measurements(
     pooled = [value for task in found for value in task.means]
     strata = [task.task for task in found for _ in task.scores]
 
-    def share(name: str, values: list[float], labels: list[str], raw: str | None) -> Measurement:
-        context: dict[str, Scalar] = {"profile": profile, "items": len(values)}
-        return measure(
-            f"{profile}.{name}",
-            arm,
-            Unit.SHARE,
-            sum(values) / len(values),
-            better="higher",
-            interval=mean_interval(values, labels),
-            context=context,
-            raw=raw,
-        )
-
     for task in found:
         labels, raw = [task.task] * len(task.scores), f"{folder}/{task.raw[0]}"
-        result.append(share(f"{POOLED}.{task.task}", task.means, labels, raw))
-    result.append(share(POOLED, pooled, strata, None))
+        name = f"{POOLED}.{task.task}"
+        result.append(accuracy(arm, profile, name, task.means, labels, raw))
+    result.append(accuracy(arm, profile, POOLED, pooled, strata))
     for task in found:
         context: dict[str, Scalar] = {"profile": profile, "seeds": len(task.raw)}
         for name, unit, value in (

@@ -10,6 +10,8 @@ import torch
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from kvarn_core.layout import RecordLayout
+
 FP16_MAX = 65504.0
 
 
@@ -102,6 +104,31 @@ def spread_tiles(
     tiles *= (row_spread * torch.randn(count, rows, 1, generator=generator)).exp()
     tiles *= (col_spread * torch.randn(count, 1, cols, generator=generator)).exp()
     return tiles
+
+
+def uneven_tiles(
+    layout: RecordLayout, count: int, *, seed: int = 0
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Tiles of K and of V with uneven tokens and channels; keys have channel means as well.
+
+    Parameters
+    ----------
+    layout : RecordLayout
+        Gives G and D.
+    count : int
+        N.
+    seed : int
+        Equal seeds give equal tiles.
+
+    Returns
+    -------
+    key, value : Tensor [N, G, D], fp16
+    """
+    shape = (count, layout.group, layout.head_dim)
+    key = spread_tiles(*shape, row_spread=0.3, col_spread=0.15, seed=2 * seed)
+    key += 3 * gaussian((count, 1, layout.head_dim), torch.Generator().manual_seed(seed))
+    value = 0.2 * spread_tiles(*shape, row_spread=0.5, col_spread=0.4, seed=2 * seed + 1)
+    return key.half(), value.half()
 
 
 def fixed_tile(rows: int, cols: int, *, seed: int) -> torch.Tensor:

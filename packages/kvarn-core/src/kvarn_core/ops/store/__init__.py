@@ -7,6 +7,7 @@ reads the old ring.
 
 from __future__ import annotations
 
+from importlib import import_module
 from typing import TYPE_CHECKING
 
 from kvarn_core.dispatch import select
@@ -14,6 +15,8 @@ from kvarn_core.ops.store import reference
 from kvarn_core.spec import Recipe
 
 if TYPE_CHECKING:
+    from types import ModuleType
+
     import torch
 
     from kvarn_core.layout import RecordLayout
@@ -52,14 +55,7 @@ def write_sink(
         reference.write_sink(*inputs, layout=layout)
         return
     most = _check_for_kernels(*inputs, max_query_len)
-    if chosen == "cuda":
-        from kvarn_core.ops.store import cuda
-
-        cuda.write_sink(*inputs, layout=layout, max_query_len=most)
-    else:
-        from kvarn_core.ops.store import triton
-
-        triton.write_sink(*inputs, layout=layout, max_query_len=most)
+    _kernels(chosen).write_sink(*inputs, layout=layout, max_query_len=most)
 
 
 def seal(
@@ -127,14 +123,7 @@ def seal(
         reference.seal(*inputs, layout=layout, recipe=recipe, layer=layer)
         return
     most = _check_for_kernels(*inputs, max_query_len)
-    if chosen == "cuda":
-        from kvarn_core.ops.store import cuda
-
-        cuda.seal(*inputs, layout=layout, recipe=recipe, layer=layer, max_query_len=most)
-    else:
-        from kvarn_core.ops.store import triton
-
-        triton.seal(*inputs, layout=layout, recipe=recipe, layer=layer, max_query_len=most)
+    _kernels(chosen).seal(*inputs, layout=layout, recipe=recipe, layer=layer, max_query_len=most)
 
 
 def append(
@@ -173,14 +162,12 @@ def append(
         reference.append(*inputs, layout=layout)
         return
     most = _check_for_kernels(*inputs, max_query_len)
-    if chosen == "cuda":
-        from kvarn_core.ops.store import cuda
+    _kernels(chosen).append(*inputs, layout=layout, max_query_len=most)
 
-        cuda.append(*inputs, layout=layout, max_query_len=most)
-    else:
-        from kvarn_core.ops.store import triton
 
-        triton.append(*inputs, layout=layout, max_query_len=most)
+def _kernels(engine: str) -> ModuleType:
+    """Module of an engine with kernels, whose packages are needed by this call only."""
+    return import_module(f"{__name__}.{engine}")
 
 
 def _check(
