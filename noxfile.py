@@ -156,7 +156,10 @@ def sanitize(session: nox.Session) -> None:
     folder = "packages/kvarn-core/tests/sanitizer"
     session.env["PYTORCH_NO_CUDA_MEMORY_CACHING"] = "1"  # every tensor an allocation of its own
     for check in ("memcheck", "racecheck"):
-        tool = ("compute-sanitizer", "--tool", check, "--error-exitcode", "7", "python")
+        tool = ("compute-sanitizer", "--tool", check, "--error-exitcode", "7")
+        if check == "memcheck":  # cuda.bindings asks old drivers for new functions, which may fail
+            tool += ("--report-api-errors", "no")
+        tool += ("python",)
         session.run(*tool, f"{folder}/planted.py", check, external=True, success_codes=[7])
         session.run(*tool, f"{folder}/reduced.py", external=True)
 

@@ -53,6 +53,6 @@ def test_twice_the_bytes_take_twice_the_time() -> None:
     target = torch.empty_like(source)
     half = [lambda: target[0].copy_(source[0])] * 4
     full = [lambda: target.copy_(source)] * 4
-    times = compare_calls({"half": half, "full": full}, rounds=3)
-    ratio = sorted(times["full"])[1] / sorted(times["half"])[1]
+    times = compare_calls({"half": half, "full": full}, rounds=9)
+    ratio = min(times["full"]) / min(times["half"])  # other tests may run on the same GPU
     assert 1.8 < ratio < 2.2

@@ -185,7 +185,7 @@ def run(dtype: str, eager: bool, kernels: str | None, arrays: Path) -> dict[str,
         "runner": type(engine.runner).__module__,
         "graphs": str(engine.engine.vllm_config.compilation_config.cudagraph_mode),
         "asynchronous": engine.engine.vllm_config.scheduler_config.async_scheduling,
-        "kernels": len(watch.compiled),
+        "kernels": len(watch.compiled) + nvrtc.load.cache_info().misses,
         "engine": engine_of(engine),
     }
     watch.compiled.clear()

