@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from kvarn_core.layout import RecordLayout
 
 ENGINES = ("reference", "triton", "cuda")
-AUTOMATIC = "cuda"  # what a GPU that can run both gets
+AUTOMATIC = "triton"  # what a GPU that can run both gets
 IN_CUDA = ("decode", "quantize", "store")  # operations with a kernel in CUDA C++
 TRITON_CAPABILITY = (8, 0)  # the oldest GPU whose tensor cores the kernels can use
 
