@@ -24,10 +24,31 @@ def capability(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) 
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Imagined GPU")
 
 
-@pytest.mark.parametrize("capability", [(8, 0), (9, 0), (12, 0)], indirect=True)
-def test_a_gpu_gets_triton(capability: None) -> None:
-    assert select(GPU, LAYOUT) == "triton"
-    assert explain(GPU, LAYOUT) == "The triton engine runs on cuda:0 (Imagined GPU)."
+@pytest.mark.parametrize("capability", [(8, 0), (12, 0)], indirect=True)
+def test_a_gpu_gets_triton_and_a_reason(capability: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("kvarn_core.nvrtc.obstacle", lambda: None)
+    assert select(GPU, LAYOUT, kernels=("triton", "cuda")) == "triton"
+    have = ".".join(map(str, torch.cuda.get_device_capability(GPU)))
+    assert explain(GPU, LAYOUT) == (
+        "The triton engine runs on cuda:0 (Imagined GPU). The cuda engine cannot run: "
+        f"cuda:0 has compute capability {have} and its kernels need exactly 9.0."
+    )
+
+
+@pytest.mark.parametrize("capability", [(9, 0)], indirect=True)
+def test_hopper_gets_cuda_if_it_can_compile(
+    capability: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("kvarn_core.nvrtc.obstacle", lambda: None)
+    assert select(GPU, LAYOUT, kernels=("triton", "cuda")) == "cuda"
+    assert select(GPU, LAYOUT) == "triton"  # an operation without such a kernel
+    assert explain(GPU, LAYOUT) == (
+        "The cuda engine runs on cuda:0 (Imagined GPU). "
+        "Operations in CUDA C++: decode, quantize, store; Triton runs the others."
+    )
+    monkeypatch.setattr("kvarn_core.nvrtc.obstacle", lambda: "the package cuda-bindings")
+    assert select(GPU, LAYOUT, kernels=("triton", "cuda")) == "triton"
+    assert explain(GPU, LAYOUT).endswith("run: the package cuda-bindings is not installed.")
 
 
 @pytest.mark.parametrize("capability", [(7, 5)], indirect=True)
@@ -93,19 +114,6 @@ def test_hopper_runs_cuda_when_asked_for(capability: None, monkeypatch: pytest.M
         "The cuda engine runs on cuda:0, as asked for. "
         "Operations in CUDA C++: decode, quantize, store; Triton runs the others."
     )
-
-
-@pytest.mark.parametrize("capability", [(9, 0)], indirect=True)
-def test_one_constant_makes_cuda_automatic(
-    capability: None, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("kvarn_core.nvrtc.obstacle", lambda: None)
-    monkeypatch.setattr("kvarn_core.dispatch.AUTOMATIC", "cuda")
-    assert select(GPU, LAYOUT, kernels=("triton", "cuda")) == "cuda"
-    assert select(GPU, LAYOUT) == "triton"
-    assert explain(GPU, LAYOUT).startswith("The cuda engine runs on cuda:0 (Imagined GPU).")
-    monkeypatch.setattr("kvarn_core.nvrtc.obstacle", lambda: "the package cuda-bindings")
-    assert select(GPU, LAYOUT, kernels=("triton", "cuda")) == "triton"
 
 
 @pytest.mark.parametrize("capability", [(8, 0), (10, 0), (12, 0)], indirect=True)

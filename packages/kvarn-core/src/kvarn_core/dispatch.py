@@ -18,7 +18,6 @@ if TYPE_CHECKING:
     from kvarn_core.layout import RecordLayout
 
 ENGINES = ("reference", "triton", "cuda")
-AUTOMATIC = "triton"  # what a GPU that can run both gets
 IN_CUDA = ("decode", "quantize", "store")  # operations with a kernel in CUDA C++
 TRITON_CAPABILITY = (8, 0)  # the oldest GPU whose tensor cores the kernels can use
 
@@ -39,8 +38,7 @@ def select(
     layout : RecordLayout, optional
         Byte layout of the preset; None for an operation without records.
     engine : str, optional
-        A member of `ENGINES` forces one; None takes `AUTOMATIC` where a GPU can run it, then
-        Triton.
+        A member of `ENGINES` forces one; None takes cuda where the GPU can run it, then Triton.
     kernels : tuple of str
         Engines that have a kernel for the operation. Without ``"cuda"`` among them Triton runs
         what the cuda engine is asked for.
@@ -66,12 +64,10 @@ def select(
     if engine == "reference":
         return engine
     if engine is None:
-        if device.type != "cuda":
+        if device.type != "cuda" or _obstacle(device, layout, "triton"):
             return "reference"
-        able = AUTOMATIC == "cuda" and "cuda" in kernels and not _obstacle(device, layout, "cuda")
-        if able:
-            return "cuda"
-        return "reference" if _obstacle(device, layout, "triton") else "triton"
+        able = "cuda" in kernels and not _obstacle(device, layout, "cuda")
+        return "cuda" if able else "triton"
     wanted = engine if engine in kernels else "triton"
     for needed in dict.fromkeys((engine, wanted)):
         if obstacle := _obstacle(device, layout, needed):
@@ -90,6 +86,8 @@ def explain(device: torch.device, layout: RecordLayout | None, engine: str | Non
     if engine is not None:
         return f"The {chosen} engine runs on {device}, as asked for.{rest}"
     if chosen != "reference":
+        if chosen == "triton":
+            rest = f" The cuda engine cannot run: {_obstacle(device, layout, 'cuda')}."
         return f"The {chosen} engine runs on {device} ({torch.cuda.get_device_name(device)}).{rest}"
     return f"The reference engine runs on {device}, because {_obstacle(device, layout, 'triton')}."
 

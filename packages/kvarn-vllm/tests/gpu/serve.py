@@ -176,10 +176,10 @@ def engine_of(engine: Engine) -> str:
     return next(iter(layers.values())).impl.path.engine
 
 
-def run(dtype: str, eager: bool, kernels: str | None, arrays: Path) -> dict[str, Any]:
-    """Everything that one configuration is asked; `kernels` is an engine asked for by name."""
+def run(dtype: str, eager: bool, kernels: str, arrays: Path) -> dict[str, Any]:
+    """Everything that one configuration is asked; `kernels` is an engine of kvarn_core."""
     watch = Watch()
-    options = {"additional_config": {"kvarn": {"engine": kernels}}} if kernels else {}
+    options = {"additional_config": {"kvarn": {"engine": kernels}}}
     engine = Engine(MODEL, PRESET, dtype=dtype, enforce_eager=eager, **SETTINGS, **options)
     report: dict[str, Any] = {
         "runner": type(engine.runner).__module__,
@@ -227,9 +227,8 @@ def run(dtype: str, eager: bool, kernels: str | None, arrays: Path) -> dict[str,
 
 
 def main() -> None:
-    out, mode, dtype, *kernels = sys.argv[1:]
-    engine = kernels[0] if kernels else None
-    report = run(dtype, mode == "eager", engine, Path(out).with_suffix(".npz"))
+    out, mode, dtype, kernels = sys.argv[1:]
+    report = run(dtype, mode == "eager", kernels, Path(out).with_suffix(".npz"))
     Path(out).write_text(json.dumps(report), encoding="utf-8")
 
 
