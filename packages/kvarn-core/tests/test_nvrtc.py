@@ -47,6 +47,12 @@ def test_a_cubin_is_compiled_once_and_kept_privately(
 
 
 @compiles
+def test_an_empty_log_leaves_single_bytes_alone(program: Program) -> None:
+    nvrtc.compile(program)  # its log is one byte, and Python keeps one object per single byte
+    assert [bytes([byte])[0] for byte in range(256)] == list(range(256))
+
+
+@compiles
 def test_everything_that_matters_is_part_of_the_key(program: Program) -> None:
     nvrtc.compile(program)
     nvrtc.compile(dataclasses.replace(program, defines={"VALUE": 4}))

@@ -280,12 +280,13 @@ def _compile(name: str, source: str, headers: Mapping[str, str], options: Sequen
     )
     encoded = [option.encode() for option in options]
     (status,) = nvrtc.nvrtcCompileProgram(program, len(encoded), encoded)
-    log = b" " * _checked(nvrtc.nvrtcGetProgramLogSize(program))
+    # filled in place: zeros, because Python shares one object among all equal single bytes
+    log = bytes(_checked(nvrtc.nvrtcGetProgramLogSize(program)))
     _checked(nvrtc.nvrtcGetProgramLog(program, log))
     if status:
         text = log.decode(errors="replace").rstrip("\0\n ")
         raise RuntimeError(f"{name} does not compile ({status!s}).\n{text}")
-    binary: bytes = b" " * _checked(nvrtc.nvrtcGetCUBINSize(program))
+    binary = bytes(_checked(nvrtc.nvrtcGetCUBINSize(program)))
     _checked(nvrtc.nvrtcGetCUBIN(program, binary))
     _checked(nvrtc.nvrtcDestroyProgram(program))
     return binary
