@@ -45,6 +45,7 @@ def serve(runner: str, gpus: str, folder: Path, name: str) -> tuple[dict[str, An
         "VLLM_USE_FLASHINFER_SAMPLER": "0",
         "HF_HUB_OFFLINE": "1",
         "VLLM_CACHE_ROOT": str(folder / f"cache-{runner}-{len(gpus)}"),  # a repeat reuses it
+        "TORCHINDUCTOR_DETERMINISTIC": "1",  # else a first run and a repeat compile differently
     }
     script = str(Path(__file__).with_name("serve_parallel.py"))
     command = [sys.executable, script, str(len(gpus.split(","))), str(out)]
