@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 
 from kvarn_eval import engine_bench
-from kvarn_eval.engine_bench import Decode, Driver, Plan, Trace, quantiles
+from kvarn_eval.engine_bench import Driver, Plan, burst_shape
+from kvarn_eval.engine_steps import Burst, Decode, Trace, quantiles
 
 PLAN = Plan(
     engine={"max_num_batched_tokens": 64, "max_num_seqs": 8},
@@ -27,6 +28,9 @@ def test_prompts_are_random_fixed_and_share_no_prefix() -> None:
     assert len({tuple(prompt[:4]) for prompt in prompts}) == 5
     assert prompts[:3] == PLAN.prompts(3, 1000)
     assert all(0 <= token < 1000 for prompt in prompts for token in prompt)
+    others = PLAN.prompts(5, 1000, 30, "burst-0-")
+    assert [len(prompt) for prompt in others] == [30] * 5
+    assert not {tuple(prompt[:4]) for prompt in prompts} & {tuple(p[:4]) for p in others}
 
 
 def trace(*steps: tuple[float, int, int, int]) -> Trace:
@@ -144,3 +148,29 @@ def test_decode_reports_hits_of_its_own_requests_only(driver: Driver) -> None:
     result = driver.decode([[1, 2], [3, 4]], 10)
     assert result.hit_share == 4  # the fake reports no queries
     assert (result.requests, result.peak, result.preemptions) == (2, 2, 0)
+
+
+def test_a_burst_counts_all_tokens_and_all_the_time(driver: Driver) -> None:
+    result = driver.burst([[1], [2], [3]], 10)
+    assert (result.requests, result.peak, result.preemptions) == (3, 3, 0)
+    assert result.tokens == 30
+    # one clock tick per step; the last request starts in step 3 and needs 10 steps
+    assert result.seconds == 12
+    assert result.first_token_seconds == [2, 3]
+
+
+def test_first_tokens_of_one_step_are_counted_each() -> None:
+    seen = trace((11, 2, 2, 0), (12, 5, 3, 0), (15, 8, 3, 3))
+    result = Burst.of(seen, 10.0, preemptions=1, hit_share=0.0)
+    assert (result.requests, result.peak, result.tokens, result.seconds) == (3, 3, 8, 5)
+    assert result.first_token_seconds == [1, 2]
+
+
+def test_a_burst_is_written_as_requests_prompt_and_answer() -> None:
+    assert burst_shape("64x16000+2048") == (64, 16_000, 2048)
+
+
+@pytest.mark.parametrize("text", ["64x16000", "0x16000+2048", "64x16000+2048 ", "-1x4+4", ""])
+def test_another_burst_is_refused(text: str) -> None:
+    with pytest.raises(ValueError, match="is no burst"):
+        burst_shape(text)

@@ -116,6 +116,7 @@ def test_the_document_names_options_and_variables(monkeypatch: pytest.MonkeyPatc
     [
         ({"arms": ("fp16", "int8")}, "Unknown arm int8"),
         ({"capacity_tokens": 21}, "exceeds prompt_tokens"),
+        ({"bursts": ("8x16",)}, "8x16 is no burst"),
     ],
 )
 def test_wrong_settings_are_refused(wrong: dict[str, Any], message: str) -> None:

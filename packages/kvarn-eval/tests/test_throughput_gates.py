@@ -91,3 +91,43 @@ def test_short_prompts_decide_nothing() -> None:
     found = judge(figures(1.5, tokens=600), figures(tokens=600))
     assert not any(gate.required for gate in found.values())
     assert found["pool_tokens"].verdict is Verdict.FAIL
+
+
+def burst(text: str, seconds: float) -> dict[str, Any]:
+    return {
+        "burst": text,
+        "requests": 64,
+        "peak": 64,
+        "preemptions": 0,
+        "hit_share": 0.0,
+        "tokens": 1000,
+        "seconds": seconds,
+        "first_token_seconds": [seconds / 4, seconds / 2],
+    }
+
+
+def test_a_burst_that_was_measured_twice_has_two_samples() -> None:
+    bursts = [burst("2x512+128", 4.0), burst("2x512+128", 5.0), burst("1x8+8", 1.0)]
+    found = {m.name: m for m in measurements("fp16", {**figures(), "bursts": bursts})}
+    assert found["burst_2x512+128.output_throughput"].samples == [250, 200]
+    assert found["burst_2x512+128.ttft_p50"].samples == [1.0, 1.25]
+    assert found["burst_2x512+128.ttft_p99"].samples == [2.0, 2.5]
+    assert found["burst_1x8+8.output_throughput"].samples == [1000]
+
+
+@pytest.mark.parametrize(
+    ("text", "faster", "verdict"),
+    [
+        ("64x16000+2048", 2.1, Verdict.PASS),
+        ("64x16000+2048", 1.9, Verdict.FAIL),
+        ("64x16000+256", 1.0, Verdict.PASS),  # most of the work is prefill
+        ("1x512+128", 0.99, Verdict.PASS),
+        ("1x512+128", 0.97, Verdict.FAIL),
+    ],
+)
+def test_bursts_have_the_limit_of_their_shape(text: str, faster: float, verdict: Verdict) -> None:
+    tested = {**figures(4.7, 2.1), "bursts": [burst(text, 10.0 / faster)]}
+    reference = {**figures(), "bursts": [burst(text, 10.0)]}
+    gate = judge(tested, reference)[f"burst_{text}"]
+    assert gate.verdict is verdict
+    assert gate.required

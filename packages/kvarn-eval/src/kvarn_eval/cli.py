@@ -125,6 +125,9 @@ def throughput(
         ),
     ] = None,
     decode_seconds: Annotated[float, typer.Option(help="Longest decode measurement, s.")] = 30.0,
+    burst: Annotated[
+        list[str] | None, typer.Option(help="Also this burst, e.g. 64x16000+2048; repeatable.")
+    ] = None,
     max_model_len: Annotated[int, typer.Option(help="Longest request, tokens.")] = 20_480,
     max_num_seqs: Annotated[int, typer.Option(help="Most requests at once.")] = 128,
     max_num_batched_tokens: Annotated[int, typer.Option(help="Tokens per step.")] = 8192,
@@ -171,6 +174,7 @@ def throughput(
             output_tokens=output_tokens,
             capacity_tokens=prompt_tokens if capacity_tokens is None else capacity_tokens,
             decode_seconds=decode_seconds,
+            bursts=tuple(burst or ()),
             engine={**engine, **json.loads(engine_args)},
             turboquant_flash_attention=turboquant_flash_attention,
             environment={} if torch.cuda.is_available() else CPU_ENVIRONMENT,

@@ -6,29 +6,46 @@ which vLLM loads by itself if the plan names one of its cache dtypes.
 
 Decode is measured while *all* requests generate: the clock starts at the step after which each of
 them has its first token and stops before the first of them ends, so neither prefill nor draining
-is in the number.
+is in the number. A burst is the opposite: everything from the first prompt to the last answer.
 """
 
 from __future__ import annotations
 
 import json
 import random
-import statistics
+import re
 import sys
 import time
 from dataclasses import asdict, dataclass, field
-from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from kvarn_eval.capacity import requests_that_fit
+from kvarn_eval.engine_steps import Burst, Decode, Trace
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-SEGMENTS = 4  # of a decode window; each gives one sample
 WARM_UP = (2, 8)  # requests, output tokens
 SPARE_STEPS = 8
+BURST = re.compile(r"(\d+)x(\d+)\+(\d+)")
+
+
+def burst_shape(text: str) -> tuple[int, int, int]:
+    """Requests, tokens per prompt and tokens per answer of a burst such as ``64x16000+2048``.
+
+    Raises
+    ------
+    ValueError
+        If it is written in another way, or a number is zero.
+    """
+    match = BURST.fullmatch(text)
+    requests, prompt, answer = map(int, match.groups()) if match else (0, 0, 0)
+    if not requests * prompt * answer:
+        raise ValueError(
+            f"{text} is no burst. Write requests, prompt and answer as in 64x16000+2048."
+        )
+    return requests, prompt, answer
 
 
 @dataclass(frozen=True)
@@ -49,6 +66,8 @@ class Plan:
         Prompt length of the run with as many requests as fit; 0 skips it.
     decode_seconds : float
         Longest time of one decode window.
+    bursts : list of str
+        Bursts to measure, as `burst_shape` reads them. One that is named twice is measured twice.
     seed : int
         Of the random prompts.
     """
@@ -60,82 +79,28 @@ class Plan:
     output_tokens: int
     capacity_tokens: int
     decode_seconds: float
+    bursts: list[str] = field(default_factory=list)
     seed: int = 0
 
-    def prompts(self, count: int, vocabulary: int) -> list[list[int]]:
-        """The first `count` prompts of `prompt_tokens` random tokens; no two share a prefix."""
+    def prompts(
+        self, count: int, vocabulary: int, length: int | None = None, of: str = ""
+    ) -> list[list[int]]:
+        """The first `count` prompts of random tokens; no two share a prefix.
+
+        Parameters
+        ----------
+        count, vocabulary : int
+            Prompts and different tokens.
+        length : int, optional
+            Tokens of a prompt; `prompt_tokens` by default.
+        of : str
+            Prompts of another name are others.
+        """
         prompts = []
         for number in range(count):
-            draw = random.Random(f"{self.seed}-{number}")  # noqa: S311 - a workload
-            prompts.append(draw.choices(range(vocabulary), k=self.prompt_tokens))
+            draw = random.Random(f"{self.seed}-{of}{number}")  # noqa: S311 - a workload
+            prompts.append(draw.choices(range(vocabulary), k=length or self.prompt_tokens))
         return prompts
-
-
-@dataclass
-class Trace:
-    """Seen after each engine step: time in s, tokens so far, requests started and ended."""
-
-    times: list[float] = field(default_factory=list)
-    tokens: list[int] = field(default_factory=list)
-    started: list[int] = field(default_factory=list)
-    ended: list[int] = field(default_factory=list)
-
-    @property
-    def peak(self) -> int:
-        """Most requests that generated at the same time."""
-        return max(s - e for s, e in zip(self.started, self.ended, strict=True))
-
-    def window(self, requests: int) -> tuple[int, int] | None:
-        """First and last step of the stretch in which all requests generate, or None."""
-        first = next((i for i, count in enumerate(self.started) if count == requests), None)
-        if first is None or self.ended[first]:
-            return None
-        last = max(i for i, count in enumerate(self.ended) if not count)
-        return (first, last) if last > first else None
-
-
-@dataclass(frozen=True)
-class Decode:
-    """Decode speed of one batch; `rates` are tok/s of consecutive parts of the window."""
-
-    requests: int
-    peak: int
-    preemptions: int
-    hit_share: float
-    tokens: int
-    seconds: float
-    rates: list[float]
-    step_seconds: list[float]
-
-    @classmethod
-    def of(cls, trace: Trace, requests: int, preemptions: int, hit_share: float) -> Decode:
-        """Reduce a trace; raises RuntimeError if the requests never all generated at once."""
-        window = trace.window(requests)
-        if window is None:
-            raise RuntimeError(
-                f"{requests} requests never generated all at once (at most {trace.peak}, "
-                f"{preemptions} preemptions). Ask for more output tokens or fewer requests."
-            )
-        first, last = window
-        times, tokens = trace.times[first : last + 1], trace.tokens[first : last + 1]
-        parts = min(SEGMENTS, last - first)
-        cuts = [round(i * (len(times) - 1) / parts) for i in range(parts + 1)]
-        return cls(
-            requests=requests,
-            peak=trace.peak,
-            preemptions=preemptions,
-            hit_share=hit_share,
-            tokens=tokens[-1] - tokens[0],
-            seconds=times[-1] - times[0],
-            rates=[(tokens[b] - tokens[a]) / (times[b] - times[a]) for a, b in pairwise(cuts)],
-            step_seconds=quantiles([b - a for a, b in pairwise(times)]),
-        )
-
-
-def quantiles(values: Sequence[float]) -> list[float]:
-    """The 50 % and 99 % quantiles, nearest rank."""
-    ordered = sorted(values)
-    return [statistics.median(ordered), ordered[min(len(ordered) - 1, int(0.99 * len(ordered)))]]
 
 
 class Driver:
@@ -211,15 +176,28 @@ class Driver:
                     self.engine.abort_request(names)
         return trace
 
-    def decode(self, prompts: Sequence[Sequence[int]], output_tokens: int, **stop: Any) -> Decode:
-        """Run and reduce to decode speed, preemptions and the share of prompt tokens hit."""
+    def counted(
+        self, prompts: Sequence[Sequence[int]], output_tokens: int, **stop: Any
+    ) -> tuple[Trace, int, float]:
+        """Run; the trace, preemptions and the share of prompt tokens hit."""
         names = ("vllm:num_preemptions", "vllm:prefix_cache_hits", "vllm:prefix_cache_queries")
         before = [self.counter(name) for name in names]
         trace = self.run(prompts, output_tokens, **stop)
         preempted, hit, asked = (
             self.counter(name) - value for name, value in zip(names, before, strict=True)
         )
-        return Decode.of(trace, len(prompts), preempted, hit / max(asked, 1))
+        return trace, preempted, hit / max(asked, 1)
+
+    def decode(self, prompts: Sequence[Sequence[int]], output_tokens: int, **stop: Any) -> Decode:
+        """Run, and reduce to decode speed while all requests generate."""
+        trace, preempted, hit = self.counted(prompts, output_tokens, **stop)
+        return Decode.of(trace, len(prompts), preempted, hit)
+
+    def burst(self, prompts: Sequence[Sequence[int]], output_tokens: int) -> Burst:
+        """Run to the last answer, and reduce to the time that all of it took."""
+        began = time.monotonic()
+        trace, preempted, hit = self.counted(prompts, output_tokens)
+        return Burst.of(trace, began, preempted, hit)
 
 
 def start_engine(plan: Plan) -> Any:
@@ -297,6 +275,14 @@ def measure_arm(plan: Plan, began: float) -> dict[str, Any]:
         stop = {"window_tokens": plan.output_tokens, **limit}
         found["capacity"] = asdict(driver.decode(full, output, **stop))
         found["capacity"]["prompt_tokens"] = plan.capacity_tokens
+
+    found["bursts"] = []
+    for number, text in enumerate(plan.bursts):
+        requests, prompt_tokens, output_tokens = burst_shape(text)
+        sent = plan.prompts(requests, vocabulary, prompt_tokens, f"burst-{number}-")
+        engine.reset_prefix_cache()
+        answered = asdict(driver.burst(sent, output_tokens))
+        found["bursts"].append({"burst": text, **answered})
     engine.engine_core.shutdown()
     return found
 

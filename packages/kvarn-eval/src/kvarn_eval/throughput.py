@@ -1,8 +1,8 @@
 """Speed and capacity of a model with several caches, one engine after the other.
 
 Each arm is a child process (`engine_bench.py`) that starts vLLM's engine and measures start-up, the
-pool, prefill, decode of an equal batch, and decode of as many requests as fit. Its figures are
-written as soon as it ends, so an arm that fails later takes nothing with it.
+pool, prefill, decode of an equal batch, decode of as many requests as fit, and bursts. Its figures
+are written as soon as it ends, so an arm that fails later takes nothing with it.
 
 Weights may be random (``load_format="dummy"``): speed does not depend on their values.
 """
@@ -18,7 +18,7 @@ import time
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from kvarn_eval.engine_bench import Plan
+from kvarn_eval.engine_bench import Plan, burst_shape
 from kvarn_eval.schema import (
     Arm,
     Model,
@@ -74,6 +74,8 @@ class Settings:
         Prompt length of the run with as many requests as fit, at most `prompt_tokens`; 0 skips it.
     decode_seconds : float
         Longest time of one decode measurement.
+    bursts : tuple of str
+        As `engine_bench.burst_shape` reads them; one that is named twice is measured twice.
     engine : dict
         Further arguments of vLLM's ``EngineArgs``, for all arms.
     turboquant_flash_attention : int, optional
@@ -93,6 +95,7 @@ class Settings:
     output_tokens: int = 256
     capacity_tokens: int = 16_000
     decode_seconds: float = 30.0
+    bursts: tuple[str, ...] = ()
     engine: dict[str, Any] = field(default_factory=dict)
     turboquant_flash_attention: int | None = None
     environment: dict[str, str] = field(default_factory=dict)
@@ -106,6 +109,8 @@ class Settings:
                 f"capacity_tokens {self.capacity_tokens} exceeds prompt_tokens "
                 f"{self.prompt_tokens}. Prompts of the capacity run are cut from the others."
             )
+        for text in self.bursts:
+            burst_shape(text)
 
     def cache(self, arm: str) -> Cache:
         """Cache of an arm."""
@@ -129,6 +134,7 @@ class Settings:
             output_tokens=self.output_tokens,
             capacity_tokens=self.capacity_tokens,
             decode_seconds=self.decode_seconds,
+            bursts=list(self.bursts),
         )
 
     def describe(self, arm: str) -> Arm:

@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+from kvarn_eval.engine_bench import burst_shape
 from kvarn_eval.schema import Gate, Measurement, Unit, Verdict, measure
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
 
 REFERENCE, TESTED = "fp16", "kvarn"
 CAPACITY = ("pool_tokens", "reported_tokens", "requests_that_fit")  # what no GPU is needed for
 LONG = 16_000  # tokens of a request from which on the limits are required
+FULL, LONG_ANSWER = 48, 2048  # requests and tokens per answer of a long burst
+BURST_SPEED = re.compile(r"burst_.*\.output_throughput")
 
 
 @dataclass(frozen=True)
@@ -22,6 +29,8 @@ class Limits:
     prefill: float = 0.97
     decode_equal: float = 1.05
     decode_capacity: float = 2.0
+    burst: float = 0.98
+    long_burst: float = 2.0
     startup_seconds: float = 60.0  # more than the reference, s
 
 
@@ -60,7 +69,7 @@ def measurements(arm: str, figures: dict[str, Any]) -> list[Measurement]:
     for part in ("equal", "capacity"):
         if part in figures:
             found += _decode(f"decode_{part}", arm, figures[part], raw)
-    return found
+    return found + _bursts(arm, figures.get("bursts", []), raw)
 
 
 def _decode(name: str, arm: str, figures: dict[str, Any], raw: str) -> list[Measurement]:
@@ -88,6 +97,38 @@ def _decode(name: str, arm: str, figures: dict[str, Any], raw: str) -> list[Meas
     ]
 
 
+def _bursts(arm: str, bursts: list[dict[str, Any]], raw: str) -> list[Measurement]:
+    found = []
+    for text in dict.fromkeys(one["burst"] for one in bursts):
+        same = [one for one in bursts if one["burst"] == text]
+        context = {key: same[0][key] for key in ("requests", "peak", "preemptions", "hit_share")}
+        speeds = [one["tokens"] / one["seconds"] for one in same]
+        name = f"burst_{text}"
+        found += [
+            measure(
+                f"{name}.output_throughput",
+                arm,
+                Unit.TOKENS_PER_SECOND,
+                speeds,
+                better="higher",
+                context=context,
+                raw=raw,
+            ),
+            *(
+                measure(
+                    f"{name}.ttft_{point}",
+                    arm,
+                    Unit.SECONDS,
+                    [one["first_token_seconds"][i] for one in same],
+                    better="lower",
+                    raw=raw,
+                )
+                for i, point in enumerate(("p50", "p99"))
+            ),
+        ]
+    return found
+
+
 def gates(
     measured: dict[str, Measurement], *, speed: bool, limits: Limits | None = None
 ) -> list[Gate]:
@@ -109,9 +150,8 @@ def gates(
     found = []
     # the limits are those of long requests: the header of a short one weighs more
     long = any(int(m.context.get("tokens") or 0) >= LONG for m in measured.values())
-    for name, limit in vars(limits or Limits()).items():
+    for name, limit, quantity in _rules(measured, limits or Limits()):
         difference = name == "startup_seconds"
-        quantity = "startup" if difference else name
         keys = [f"{arm}:{quantity}" for arm in (TESTED, REFERENCE)]
         if not all(key in measured for key in keys):
             continue
@@ -133,3 +173,16 @@ def gates(
             )
         )
     return found
+
+
+def _rules(measured: dict[str, Measurement], limits: Limits) -> Iterator[tuple[str, float, str]]:
+    """Name of a gate, its limit, and the quantity that it compares."""
+    for name, limit in vars(limits).items():
+        if not name.endswith("burst"):
+            yield name, limit, "startup" if name == "startup_seconds" else name
+    for quantity in sorted({m.name for m in measured.values() if BURST_SPEED.fullmatch(m.name)}):
+        text = quantity.partition("_")[2].partition(".")[0]
+        requests, prompt, answer = burst_shape(text)
+        # where the cache is full for a while, and prefill is not most of the work
+        full = requests >= FULL and prompt >= LONG and answer >= LONG_ANSWER
+        yield f"burst_{text}", limits.long_burst if full else limits.burst, quantity
