@@ -25,6 +25,7 @@ import yardstick
 from cases import FLASH8, FLASH16, FULL, QUICK, TURBOQUANT, USUAL, Case, Job
 from document import Document
 
+from kvarn_core.dispatch import ENGINES, select
 from kvarn_core.testing.timing import compare_calls
 
 ARMS = {
@@ -150,7 +151,7 @@ def arguments(line: list[str] | None = None) -> argparse.Namespace:
     size.add_argument("--quick", action="store_true", help="five decode shapes; about a minute")
     size.add_argument("--full", action="store_true", help="the whole matrix; some minutes")
     parser.add_argument("--out", type=Path, required=True, help="JSON file to write")
-    parser.add_argument("--engine", default="triton", help="engine of our ops")
+    parser.add_argument("--engine", choices=ENGINES, help="of our ops; what a model would get")
     parser.add_argument("--rounds", type=int, default=5, help="samples per measurement, at least 3")
     parser.add_argument("--only", default="", help="cases whose name contains this text")
     parser.add_argument("--ours-only", action="store_true", help="time no cache of stock vLLM")
@@ -169,11 +170,12 @@ def main() -> int:
     cases = [case for case in (QUICK if options.quick else FULL) if options.only in case.name]
     document = Document("bench_ops quick" if options.quick else "bench_ops full")
     document.arms["memory"] = ARMS["memory"]
-    bench = Bench(document, options.engine, options.rounds, not options.ours_only)
+    engine = options.engine or select(torch.device("cuda"), None, kernels=ENGINES)
+    bench = Bench(document, engine, options.rounds, not options.ours_only)
     for preset in dict.fromkeys(case.preset for case in cases):
         small = Case(3, 1000, preset=preset)
         query = torch.randn(3, 64, 128, device="cuda", dtype=torch.float16)
-        error = ours.check_decode(small, query, options.engine)
+        error = ours.check_decode(small, query, engine)
         print(f"{preset}: decode agrees with the reference, error {error:.1e}", flush=True)
     names = [f"{case.preset} {case.name}" for case in cases]
     bench.attempt("memory", bench.memory)

@@ -38,7 +38,7 @@ def test_report_of_a_working_installation(tiny_model: Any) -> None:
 
 def test_a_gpu_is_served_by_kernels_and_graphs(monkeypatch: Any) -> None:
     monkeypatch.setenv("TRITON_INTERPRET", "1")
-    options = Options(engine="triton")  # as `auto` chooses on a GPU
+    options = Options(engine="triton")  # as `auto` chooses on most GPUs
     monkeypatch.setattr(config, "Options", lambda: options)
     found = report()
     assert found["engine"] == "triton"
