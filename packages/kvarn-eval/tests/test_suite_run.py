@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import itertools
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -7,6 +8,8 @@ from typing import TYPE_CHECKING, Any
 import pytest
 from typer.testing import CliRunner
 
+from kvarn_core.testing import throttle
+from kvarn_eval import scenarios
 from kvarn_eval.cli import app
 from kvarn_eval.schema import Model, Run, Unit, Verdict, describe_run, measure
 from kvarn_eval.small_model import SMALL_MODEL
@@ -54,6 +57,18 @@ def test_an_interrupted_suite_goes_on_and_is_not_green_before(tmp_path: Path) ->
     assert earlier(one, "plain", "kvarn") is None
     with pytest.raises(ValueError, match="another suite, checkpoint or machine"):
         earlier(setup(tmp_path, weights_sha256="1" * 64), "plain", "fp16")
+
+
+def test_a_load_during_which_the_gpu_slowed_down_decides_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    counts = itertools.count(0, 2500)
+    monkeypatch.setattr(throttle, "slowdown_us", lambda: next(counts))
+    monkeypatch.setattr(scenarios, "slowdown_us", throttle.slowdown_us)
+    run = run_suite(setup(tmp_path), quiet)
+    assert run.verdict is Verdict.INCONCLUSIVE
+    gate = next(g for g in run.gates if ".steady." in g.name)
+    assert gate.reason == "the GPU slowed down for 0.0025 s"
 
 
 def value(arm: str, number: float) -> Measurement:

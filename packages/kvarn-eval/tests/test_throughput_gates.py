@@ -131,3 +131,13 @@ def test_bursts_have_the_limit_of_their_shape(text: str, faster: float, verdict:
     gate = judge(tested, reference)[f"burst_{text}"]
     assert gate.verdict is verdict
     assert gate.required
+
+
+def test_a_gpu_that_slowed_down_decides_nothing_about_speed() -> None:
+    tested = {**figures(4.7, 2.1), "slowdown_us": 1200}
+    found = judge(tested, {**figures(), "slowdown_us": 0})
+    assert found["decode_equal"].verdict is Verdict.INCONCLUSIVE
+    assert "while kvarn ran" in found["decode_equal"].reason
+    assert found["pool_tokens"].verdict is Verdict.PASS
+    steady = judge({**tested, "slowdown_us": 0}, {**figures(), "slowdown_us": 0})
+    assert steady["decode_equal"].verdict is Verdict.PASS

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from kvarn_core.testing.throttle import slowdown_us, slowed
 from kvarn_eval.bench_serve import BENCH, Load, run_load
 from kvarn_eval.prompts import write_requests
 from kvarn_eval.schema import Measurement, Unit, measure
@@ -124,7 +125,8 @@ def run_scenario(
     Returns
     -------
     list of dict
-        As from `bench_serve.Loaded.to_json`, with ``kind`` and ``min_hit_share`` of the scenario.
+        As from `bench_serve.Loaded.to_json`, with ``kind`` and ``min_hit_share`` of the scenario,
+        and ``slowdown_us`` of `kvarn_core.testing.throttle`.
     """
     found = []
     for load in loads(scenario, source, out, fitting):
@@ -134,12 +136,14 @@ def run_scenario(
             send(server, [_prompt(line) for line in first], 1)
         else:
             send(server, source.draw(2, scenario.prompt_tokens[0], _WARM_SEED), 4)
+        before = slowdown_us()
         loaded = run_load(server, load, tokenizer, out, command)
         found.append(
             {
                 **loaded.to_json(),
                 "scenario": scenario.name,
                 "kind": scenario.kind,
+                "slowdown_us": slowed(before),
                 "min_hit_share": scenario.min_hit_share if scenario.kind == "primed" else None,
             }
         )

@@ -237,10 +237,22 @@ def _paired(setup: Setup, found: Found) -> list[Gate]:
 
 
 def _valid(found: Found) -> list[Gate]:
-    """A primed load that was not primed, or that preempted, measured something else."""
+    """What a load measured is another thing if it was not primed, or if the GPU slowed down."""
     rules = []
     for (_, arm), figures in found.items():
         for load in figures["loads"]:
+            if load.get("slowdown_us"):
+                rules.append(
+                    Gate(
+                        name=f"{load['name']}.steady.{arm}",
+                        rule="microseconds that the GPU slowed down for heat or power <= limit",
+                        value=load["slowdown_us"],
+                        limit=0,
+                        verdict=Verdict.INCONCLUSIVE,
+                        reason=f"the GPU slowed down for {load['slowdown_us'] / 1e6:.3g} s",
+                        evidence=[f"{arm}:{load['name']}.output_throughput"],
+                    )
+                )
             if load["kind"] != "primed":
                 continue
             primed = load["hit_share"] >= load["min_hit_share"] and load["preemptions"] == 0

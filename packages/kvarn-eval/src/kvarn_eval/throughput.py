@@ -18,6 +18,7 @@ import time
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from kvarn_core.testing.throttle import slowdown_us, slowed
 from kvarn_eval.engine_bench import Plan, burst_shape
 from kvarn_eval.schema import (
     Arm,
@@ -167,8 +168,8 @@ def measure_arm(
     Returns
     -------
     dict
-        Figures of `engine_bench.measure_arm`, with ``reported_tokens`` from the engine's log, the
-        GPUs and the plan.
+        Figures of `engine_bench.measure_arm`, with ``reported_tokens`` from the engine's log,
+        ``slowdown_us`` of `kvarn_core.testing.throttle`, the GPUs and the plan.
 
     Raises
     ------
@@ -181,10 +182,12 @@ def measure_arm(
     raw.unlink(missing_ok=True)
     environment = {**os.environ, **OFFLINE, **settings.environment}
     child = [*command, str(plan_file), str(raw)]
+    before = slowdown_us()
     run_child(f"Arm {arm}", child, log, environment, settings.arm_seconds)
     found: dict[str, Any] = json.loads(raw.read_text(encoding="utf-8"))
     sizes = REPORTED.findall(log.read_text(encoding="utf-8", errors="replace"))
     found["reported_tokens"] = int(sizes[-1].replace(",", "")) if sizes else None
+    found["slowdown_us"] = slowed(before)
     found["gpus"] = _gpus()
     found["plan"] = plan
     raw.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")

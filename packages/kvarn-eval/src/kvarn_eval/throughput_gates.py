@@ -66,6 +66,8 @@ def measurements(arm: str, figures: dict[str, Any]) -> list[Measurement]:
     if figures["reported_tokens"] is not None:
         reported = figures["reported_tokens"]
         found.insert(2, measure("reported_tokens", arm, Unit.TOKENS, reported, better="higher"))
+    if (slowdown := figures.get("slowdown_us")) is not None:
+        found.append(measure("slowdown", arm, Unit.SECONDS, slowdown / 1e6, better="lower"))
     for part in ("equal", "capacity"):
         if part in figures:
             found += _decode(f"decode_{part}", arm, figures[part], raw)
@@ -150,6 +152,8 @@ def gates(
     found = []
     # the limits are those of long requests: the header of a short one weighs more
     long = any(int(m.context.get("tokens") or 0) >= LONG for m in measured.values())
+    slowdown = {arm: measured.get(f"{arm}:slowdown") for arm in (TESTED, REFERENCE)}
+    slow = " and ".join(arm for arm, seen in slowdown.items() if seen and seen.median)
     for name, limit, quantity in _rules(measured, limits or Limits()):
         difference = name == "startup_seconds"
         keys = [f"{arm}:{quantity}" for arm in (TESTED, REFERENCE)]
@@ -159,6 +163,11 @@ def gates(
         value = tested - reference if difference else tested / max(reference, 1e-9)
         holds = value <= limit if difference else value >= limit
         sign = "-" if difference else "/"
+        verdict = Verdict.PASS if holds else Verdict.FAIL
+        reason = f"{tested:,.6g} against {reference:,.6g} {measured[keys[0]].unit.value}"
+        if slow and name not in CAPACITY:
+            verdict = Verdict.INCONCLUSIVE
+            reason += f"; the GPU slowed itself down for heat or power while {slow} ran"
         found.append(
             Gate(
                 name=name,
@@ -167,8 +176,8 @@ def gates(
                 value=value,
                 limit=limit,
                 required=long and (speed or name in CAPACITY),
-                verdict=Verdict.PASS if holds else Verdict.FAIL,
-                reason=f"{tested:,.6g} against {reference:,.6g} {measured[keys[0]].unit.value}",
+                verdict=verdict,
+                reason=reason,
                 evidence=keys,
             )
         )
