@@ -190,3 +190,29 @@ def test_strides_are_respected(emulated: Emulated) -> None:
     assert_close(out, want, tolerance=ROUNDING)
     with pytest.raises(ValueError, match=r"^query has strides .* Pass dense heads"):
         emulated.decode(paging, fused[:, ::2], tokens)
+
+
+def test_rows_off_their_alignment_are_refused(emulated: Emulated) -> None:
+    paging = stored(SMALL, (70, 1), 2)
+    query = query_of(paging, 4)
+    behind = torch.cat([query.new_zeros(1), query.flatten()])[1:].view_as(query)
+    padded = torch.cat([query.flatten(1), query.new_zeros(2, 4)], 1)[:, :-4].unflatten(1, (8, 64))
+    for wrong in (behind, padded):
+        with pytest.raises(ValueError, match=r"^query has strides .* multiples of 16 bytes\.$"):
+            emulated.decode(paging, wrong, (70, 1))
+
+
+def test_a_request_in_more_parts_than_lanes(emulated: Emulated) -> None:
+    """Lanes weigh 64 parts at a time; 70 are left by 280 units."""
+    tokens = (SMALL.group * 270,)
+    paging = stored(SMALL, tokens, 1)
+    query = query_of(paging, 8)
+    want, want_lse = expected(paging, query, tokens)
+    emulated.processors = 30
+    results = []
+    for emulated.seed in (1, 2):
+        results.append(emulated.decode(paging, query, tokens))
+    out, lse = results[0]
+    assert_close(out, want, tolerance=ROUNDING)
+    assert_close(lse, want_lse, tolerance=ROUNDING)
+    assert_same_bits(results[1][0], out)

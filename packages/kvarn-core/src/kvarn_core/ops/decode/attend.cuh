@@ -1,7 +1,7 @@
 // One warp, one unit: scores, probabilities and sums of a record or of exact rows.
 //
 // Codes go into the tensor cores as they are (codes.cuh): the scales of K are folded into the query,
-// those of V into the probabilities, zeros enter as the start of the accumulators. Three rolled
+// those of V into the probabilities, the zeros of V enter as the start of the accumulators. Two rolled
 // loops over pairs of k-steps; the state of a warp stays in registers from unit to unit.
 #pragma once
 #include "codes.cuh"
@@ -99,25 +99,20 @@ DEVICE void score_record(const Slot& slot, int hidden, float (&scores)[G / 16][4
     using Keys = Operand<G, D, K_BITS>;
     const int lane = threadIdx.x % 32, row = lane / 4, column = lane % 4;
     float zero[4] = {0.0f, 0.0f, 0.0f, 0.0f};
-#pragma unroll 1
-    for (int pair = 0; pair < STEPS / 2; pair++) {
-        const uint4 q = load_shared4(slot.query + pair * 512 + lane * 16);
-        const uint4 z = load_shared4(slot.data + K_ZERO + pair * 64 + column * 16);
-        mma(zero, z.x, z.x, z.y, z.y, q.x, q.y);  // every row of A alike: C holds the sum everywhere
-        mma(zero, z.z, z.z, z.w, z.w, q.z, q.w);
-    }
     float part[Keys::PARTS][Keys::FIELD_ROWS][4];
 #pragma unroll
     for (int i = 0; i < G / 16; i++)
 #pragma unroll
-        for (int j = 0; j < 4; j++)
-            part[i / Keys::FIELD_ROWS][i % Keys::FIELD_ROWS][j] = zero[j % 2] * unit_of<K_BITS>(i);
+        for (int j = 0; j < 4; j++) part[i / Keys::FIELD_ROWS][i % Keys::FIELD_ROWS][j] = 0.0f;
 #pragma unroll 1
     for (int pair = 0; pair < STEPS / 2; pair++) {
         const uint4 q = load_shared4(slot.query + pair * 512 + lane * 16);
         const uint4 a = load_shared4(slot.data + K_SCALE + pair * 64 + column * 16);
+        const uint4 z = load_shared4(slot.data + K_ZERO + pair * 64 + column * 16);
         const u32 scaled[2][2] = {{mul_half2(q.x, a.x), mul_half2(q.y, a.y)},
                                   {mul_half2(q.z, a.z), mul_half2(q.w, a.w)}};
+        mma(zero, z.x, z.x, z.y, z.y, q.x, q.y);  // every row of A alike: C holds the sum everywhere
+        mma(zero, z.z, z.z, z.w, z.w, q.z, q.w);
 #pragma unroll
         for (int i = 0; i < Keys::PARTS; i++)
             multiply_codes<Keys, K_BITS>(part[i], slot.data + K_CODES + i * Keys::CHUNKS * 512, pair,
@@ -131,12 +126,12 @@ DEVICE void score_record(const Slot& slot, int hidden, float (&scores)[G / 16][4
         for (int i = 0; i < 4; i++) {
             const int block = 4 * j + i;
             const float unit = 1.0f / unit_of<K_BITS>(block);
-            const float low = low_half(pairs[i]) * unit, high = high_half(pairs[i]) * unit;
+            const float low = low_half(pairs[i]), high = high_half(pairs[i]);
             const float(&from)[4] = part[block / Keys::FIELD_ROWS][block % Keys::FIELD_ROWS];
 #pragma unroll
             for (int e = 0; e < 2; e++) {
-                scores[block][e] = from[e] * low;
-                scores[block][2 + e] = from[2 + e] * high;
+                scores[block][e] = fmaf(from[e], unit, zero[e]) * low;
+                scores[block][2 + e] = fmaf(from[2 + e], unit, zero[e]) * high;
                 if (16 * block < SINK_ROWS) {
                     if (16 * block + row < hidden) scores[block][e] = minus_infinity();
                     if (16 * block + 8 + row < hidden) scores[block][2 + e] = minus_infinity();

@@ -28,8 +28,9 @@ HERE = Path(__file__).parent
 HEADS = 8  # query heads of a head block
 LOG2_E = 1.4426950408889634
 DTYPES = {torch.float16: ("fp16", 0), torch.bfloat16: ("bf16", 1), torch.float32: ("fp32", 2)}
-ARGUMENTS = ("pointer",) * 8 + ("f32",) + ("i32",) * 7
+ARGUMENTS = ("pointer",) * 8 + ("f32",) + ("i32",) * 8
 UNITS_PER_WARP = 1  # least share of a CTA: more means fewer partials, later
+SLACK = 4  # sixteenths by which shares may grow to give every head block whole CTAs
 
 # warps of a CTA and CTAs of a processor, by head_dim and bits; what shared memory holds
 SHAPES = {
@@ -97,7 +98,7 @@ def decode(
         query.data_ptr(), cache.data_ptr(), page_table.data_ptr(), seq_lens.data_ptr(),
         out.data_ptr(), lse.data_ptr(), partials, partials + scratch.partial_bytes,
         sm_scale * LOG2_E, page_table.stride(0), query.stride(0), out.stride(0), batch,
-        num_kv_heads, ratio, UNITS_PER_WARP * shape(layout)[0],
+        num_kv_heads, ratio, UNITS_PER_WARP * shape(layout)[0], SLACK,
     )  # fmt: skip
 
 
@@ -121,10 +122,10 @@ def shape(layout: RecordLayout) -> tuple[int, int]:
 
 
 def shared_bytes(layout: RecordLayout) -> int:
-    """Shared memory of a CTA: records, query, outputs and states of warps, flag, barriers."""
+    """Shared memory of a CTA: records, query, outputs and states of warps, barriers."""
     warps, _ = shape(layout)
     region = HEADS * (layout.head_dim + 4) * 4
-    return warps * (layout.record_bytes + region + HEADS * 8 + 16) + 16 * layout.head_dim + 16
+    return warps * (layout.record_bytes + region + HEADS * 8 + 16) + 16 * layout.head_dim
 
 
 def variant(layout: RecordLayout, dtype: torch.dtype, *, magic: bool = False) -> nvrtc.Variant:
@@ -209,11 +210,11 @@ def _processors(device: torch.device) -> int:
 
 
 def _check_rows(name: str, rows: torch.Tensor) -> None:
-    """Refuse what the kernel's pairs of elements would misread."""
+    """Refuse what the kernel's loads of 16 bytes would misread."""
     dense = rows.stride(2) == 1 and rows.stride(1) == rows.shape[2]
-    pair = 2 * rows.element_size()
-    if not dense or rows.stride(0) % 2 or rows.data_ptr() % pair:
+    step = rows.stride(0) * rows.element_size() if len(rows) > 1 else 0
+    if not dense or step % 16 or rows.data_ptr() % 16:
         raise ValueError(
-            f"{name} has strides {tuple(rows.stride())}. Pass dense heads, an even stride between "
-            f"requests and an address that is a multiple of {pair} bytes."
+            f"{name} has strides {tuple(rows.stride())} at address {rows.data_ptr():#x}. Pass "
+            "dense heads, and an address and a stride between requests of whole multiples of 16 bytes."
         )

@@ -6,7 +6,8 @@
 // are in flight. Codes go into the tensor cores as they are (codes.cuh); scales are folded into the
 // query (K) and the probabilities (V). Shares of work: schedule.cuh. The warps of a CTA merge at the
 // end of a (request, head block); the CTA that comes last adds the partials of all, in their order,
-// so results do not depend on which one that is.
+// so results do not depend on which one that is. Queries are asked for early: the first before the
+// first record is found, the next before a merge.
 //
 // Bytes per unit: RECORD_BYTES. Traded away: batch invariance, because the cuts follow the batch;
 // and more than 8 heads of a KV head read its records again.
@@ -19,42 +20,54 @@
 constexpr int QUERY_AT = WARPS * RECORD_BYTES;
 constexpr int REGIONS_AT = QUERY_AT + STEPS * 256;  // a warp keeps probabilities, then outputs there
 constexpr int STATES_AT = REGIONS_AT + WARPS * REGION_BYTES;
-constexpr int FLAG_AT = STATES_AT + WARPS * STATE_BYTES;
-constexpr int BARRIERS_AT = FLAG_AT + 16;
+constexpr int BARRIERS_AT = STATES_AT + WARPS * STATE_BYTES;
 constexpr int SHARED_BYTES = BARRIERS_AT + WARPS * 16;
 static_assert(SHARED_BYTES == EXPECTED_SHARED_BYTES, "the launcher asks for another size");
 static_assert(G * 16 <= REGION_BYTES, "the probabilities of a unit fit the region of a warp");
 
-// Query of a head block: rotated, times scale, in B-fragment order; heads that do not exist are zero.
-DEVICE void load_query(u32 to, const Element* query, int count, float scale) {
-    const int lane = threadIdx.x % 32;
-    Channels c[HEADS_OF_WARP];
+// Query of a head block as it is in memory: on its way while the first records are found and fetched.
+DEVICE void ask_query(Words (&words)[HEADS_OF_WARP], const Element* query, int count) {
 #pragma unroll
     for (int h = 0; h < HEADS_OF_WARP; h++) {
 #pragma unroll
-        for (int i = 0; i < 2 * PAIRS; i++) c[h].x[i / 2][i % 2] = 0.0f;
-        if (head_of_warp(h) < count) c[h] = load_channels(query + u64(head_of_warp(h)) * D);
+        for (int i = 0; i < WORDS; i++) words[h].x[i] = 0;
+        if (head_of_warp(h) < count) words[h] = load_words(query + u64(head_of_warp(h)) * D);
     }
+}
+
+// The same rotated, times scale, in B-fragment order; heads that do not exist are zero.
+DEVICE void leave_query(u32 to, const Words (&words)[HEADS_OF_WARP], float scale) {
 #pragma unroll
     for (int h = 0; h < HEADS_OF_WARP; h++) {
         const int head = head_of_warp(h);
         if (head >= HEADS) break;
-        rotate(c[h]);
+        Channels c = channels_of(words[h]);
+        rotate(c);
 #pragma unroll
-        for (int i = 0; i < PAIRS; i++) {
-            const int channel = 2 * lane + 64 * i, step = channel / 16, k = channel % 16;
+        for (int i = 0; i < CHANNELS; i += 2) {
+            const int channel = int(threadIdx.x) % 32 * CHANNELS + i, step = channel / 16, k = channel % 16;
             const u32 at = step / 2 * 512 + (head * 4 + k % 8 / 2) * 16 + step % 2 * 8 + k / 8 * 4;
-            const float(&x)[2] = c[h].x[i];
-            store_shared(to + at, pack_halves(saturate(x[0] * scale), saturate(x[1] * scale)));
+            store_shared(to + at, pack_halves(saturate(c.x[i] * scale), saturate(c.x[i + 1] * scale)));
         }
     }
+}
+
+struct Block {  // head block at a place: first query head, how many there are, request
+    int head, heads;
+    u64 request;
+};
+
+DEVICE Block block_of(const Place& place, int ratio) {
+    return {place.head * ratio + place.block * HEADS, min(HEADS, ratio - place.block * HEADS),
+            u64(place.request)};
 }
 
 // Fixed grid. `counters` [requests * head blocks] are zero before and after a launch.
 KERNEL void __launch_bounds__(WARPS * 32, CTAS)
 decode_kernel(const Element* query, const u8* cache, const int* table, const int* lengths, Element* out,
               float* lse, float* partials, u32* counters, float scale, int table_stride,
-              int query_stride, int out_stride, int requests, int kv_heads, int ratio, int least) {
+              int query_stride, int out_stride, int requests, int kv_heads, int ratio, int least,
+              int slack) {
     DYNAMIC_SHARED(shared);
     const u32 base = shared_address(shared);
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
@@ -72,7 +85,13 @@ decode_kernel(const Element* query, const u8* cache, const int* table, const int
 
     const Batch batch{table, lengths, u64(table_stride), requests, kv_heads, (ratio + HEADS - 1) / HEADS};
     Place place;
-    const Share share = take_share(batch, cta, ctas, least, place);
+    const Share share = take_share(batch, cta, ctas, least, slack, place);
+    Block block{0, 0, 0};
+    Words words[HEADS_OF_WARP];
+    if (share.begin < share.end) {
+        block = block_of(place, ratio);
+        ask_query(words, query + block.request * query_stride + u64(block.head) * D, block.heads);
+    }
     Place ahead = place;  // of the unit that this warp fetches
     int fetched = share.begin + warp;
     Unit next{nullptr, 0, 0};
@@ -90,11 +109,8 @@ decode_kernel(const Element* query, const u8* cache, const int* table, const int
     }
     u32 parity = 0;
     for (int at = share.begin; at < share.end;) {  // units of one head block at a time
-        const Segment segment = segment_at(share, place, at);
-        const int head = place.head * ratio + place.block * HEADS;
-        const int heads = min(HEADS, ratio - place.block * HEADS);
-        const u64 request = u64(place.request);
-        load_query(slot.query, query + request * query_stride + u64(head) * D, heads, scale);
+        const Segment segment = segment_at(share, place, at, cta);
+        leave_query(slot.query, words, scale);
         __syncthreads();  // the query is there, and all have read regions and states
         State state;
         clear(state);
@@ -134,41 +150,44 @@ decode_kernel(const Element* query, const u8* cache, const int* table, const int
             parity ^= 1;
         }
         leave_state(region, states + warp * STATE_BYTES, state);
+        Element* const result = out + block.request * out_stride + u64(block.head) * D;
+        float* const result_lse = lse + block.request * (u64(kv_heads) * ratio) + block.head;
+        u32* const counter =
+            counters + block.request * batch.pairs() + place.head * batch.blocks + place.block;
+        const int heads = block.heads;
+        at = segment.end;
+        if (at < share.end) {  // the next query is on its way while this head block is merged
+            place.index = place.row.units - 1;
+            advance(batch, place, 1);
+            block = block_of(place, ratio);
+            ask_query(words, query + block.request * query_stride + u64(block.head) * D, block.heads);
+        }
         __syncthreads();
 
-        Element* const result = out + request * out_stride + u64(head) * D;
-        float* const result_lse = lse + request * (u64(kv_heads) * ratio) + head;
         for (int i = warp; i < heads; i += WARPS) {
             Sum sum = merge_warps(regions, states, i);
             if (segment.parts == 1)
                 write_result(result + u64(i) * D, result_lse + i, sum);
             else
-                write_partial(partial_of(partials, segment.first, cta - segment.first), i, sum);
+                write_partial(partials + u64(slot_of(segment, segment.part, ctas)) * PARTIAL, i, sum);
         }
         if (segment.parts > 1) {
             __syncthreads();
+            bool last = false;
             if (threadIdx.x == 0) {
-                u32* const counter = counters + request * batch.pairs() +
-                                     place.head * batch.blocks + place.block;
-                const bool last = arrive_global(counter) == u32(segment.parts - 1);
+                last = arrive_global(counter) == u32(segment.parts - 1);
                 if (last) *counter = 0;
-                store_shared(base + FLAG_AT, last);
             }
-            __syncthreads();
-            if (load_shared(base + FLAG_AT)) {
+            if (__syncthreads_or(last)) {
                 Sum sums[HEADS_OF_WARP];
-                merge_partials(partials, segment.first, segment.parts, heads, sums);
+                merge_partials(partials + u64(slot_of(segment, 0, ctas)) * PARTIAL,
+                               partials + u64(segment.first) * PARTIAL, segment.parts, heads, sums);
 #pragma unroll
                 for (int i = 0; i < HEADS_OF_WARP; i++)
                     if (head_of_warp(i) < heads)
                         write_result(result + u64(head_of_warp(i)) * D, result_lse + head_of_warp(i),
                                      sums[i]);
             }
-        }
-        at = segment.end;
-        if (at < share.end) {
-            place.index = place.row.units - 1;
-            advance(batch, place, 1);
         }
     }
 
@@ -177,8 +196,7 @@ decode_kernel(const Element* query, const u8* cache, const int* table, const int
             const int heads = kv_heads * ratio;
             for (int head = warp; head < heads; head += WARPS) {
                 Channels zero;
-#pragma unroll
-                for (int i = 0; i < 2 * PAIRS; i++) zero.x[i / 2][i % 2] = 0.0f;
+                clear(zero);
                 store_channels(out + u64(request) * out_stride + u64(head) * D, zero);
                 if (lane == 0) lse[u64(request) * heads + head] = minus_infinity();
             }

@@ -1,9 +1,16 @@
-// Work of a decode step, cut into equal shares without reading a length on the host.
+// Work of a decode step, cut into shares without reading a length on the host.
 //
 // A unit is a record, the rows of one ring page inside the exact window, or the sink rows: about
-// the same bytes. The units of all (request, head block) pairs lie in one line; CTA i takes the
-// i-th piece of it, and warp w of the CTA every WARPS-th unit of that piece. A head block is up to
-// eight query heads of one KV head. Each warp sums the lengths for itself: a launch needs no other.
+// the same bytes. A head block is up to HEADS query heads of one KV head of one request. Warp w of a
+// CTA takes every WARPS-th unit of the CTA's share. Two ways to cut shares:
+//
+// - columns: few requests get whole CTAs, so that a CTA has one query and one merge. The grid is
+//   columns of one CTA per head block of a request, and a request gets as many columns as it needs
+//   at the least share that makes the columns suffice.
+// - the line: where columns would make shares uneven, the units of all head blocks lie in one line,
+//   and CTA i takes the i-th piece of it.
+//
+// Each warp sums the lengths for itself: a launch needs no other.
 #pragma once
 #include "device.cuh"
 #include "layout.cuh"
@@ -40,8 +47,22 @@ struct Place {  // unit `index` of head block `block` of KV head `head` of reque
     Row row;
 };
 
-struct Share {
-    int begin, end, size;  // of the line; size is that of every CTA but the last
+struct Share {  // units [begin, end) of the line, or of the head block in columns
+    int begin, end, size;  // size is that of every share but the last
+    int first;             // slot of part 0 in columns; negative on the line, where size tells
+    DEVICE bool whole() const { return first >= 0; }
+};
+
+// Division of numbers below 2^31 by one that is known early.
+struct Divisor {
+    u32 by, inverse;
+    DEVICE explicit Divisor(int n) : by(n), inverse(0xffffffffu / u32(n)) {}
+    DEVICE Divisor(u32 n, u32 i) : by(n), inverse(i) {}
+    DEVICE int floor(int x) const {
+        const u32 q = u32(u64(u32(x)) * inverse >> 32);  // right, or one too small
+        return int(q + (u32(x) - q * by >= by));
+    }
+    DEVICE int ceil(int x) const { return floor(x + int(by) - 1); }
 };
 
 DEVICE Ring ring_of(const Row& row) {
@@ -102,30 +123,90 @@ DEVICE int scan(int x) {
     return x;
 }
 
-// The share of a CTA and the place where it begins; whole warps call it. Past the end of the line
-// the share is empty and the place is not set.
-DEVICE Share take_share(const Batch& batch, int cta, int ctas, int least, Place& at) {
-    const int lane = threadIdx.x % 32, requests = batch.requests, pairs = batch.pairs();
-    const int per_lane = (requests + 31) / 32;
-    int units = 0;
+DEVICE Row row_of_lane(const Row& row, int lane) {
+    return {__shfl_sync(ALL_LANES, row.length, lane), __shfl_sync(ALL_LANES, row.packed, lane),
+            __shfl_sync(ALL_LANES, row.sink, lane), __shfl_sync(ALL_LANES, row.units, lane)};
+}
+
+// The least share up to `most` at which all requests fit in the columns, and the share of a CTA then.
+// Lanes hold the rows of up to 32 requests; each tries another size. False if none does.
+DEVICE bool take_column(const Batch& batch, const Divisor& columns, int column, int pair, int least,
+                        int most, const Row& row, int units, Share& share, Place& at) {
+    const int lane = threadIdx.x % 32, requests = batch.requests;
+    const int smallest = max(least, columns.ceil(units));
+    if (smallest > most) return false;
+    int part = column, owner = 0;
+    share.size = smallest;
+    if (requests > 1) {
+        const Divisor mine(smallest + lane * ((most - smallest) / 32 + 1));
+        int needed = 0;
 #pragma unroll 4
-    for (int i = 0; i < per_lane; i++) {
-        const int request = lane * per_lane + i;
-        units += request < requests ? read_row(batch, request).units : 0;
+        for (int i = 0; i < requests; i++)
+            needed += mine.ceil(__shfl_sync(ALL_LANES, row.units, i));
+        const u32 fits = __ballot_sync(ALL_LANES, needed <= int(columns.by) && int(mine.by) <= most);
+        if (!fits) return false;
+        const int best = __ffs(int(fits)) - 1;
+        const Divisor chosen(__shfl_sync(ALL_LANES, mine.by, best),
+                             __shfl_sync(ALL_LANES, mine.inverse, best));
+        share.size = int(chosen.by);
+        const int own = chosen.ceil(row.units), stop = scan(own);
+        const u32 behind = __ballot_sync(ALL_LANES, stop > column);
+        owner = behind ? __ffs(int(behind)) - 1 : 31;
+        part = column - __shfl_sync(ALL_LANES, stop - own, owner);
     }
-    int sum = scan(units);
-    const int total = __shfl_sync(ALL_LANES, sum, 31) * pairs;
+    at.request = owner;
+    at.row = row_of_lane(row, owner);
+    at.head = pair / batch.blocks;
+    at.block = pair - at.head * batch.blocks;
+    at.index = part * share.size;
+    share.first = pair * int(columns.by) + column - part;
+    share.end = column < int(columns.by) ? at.row.units : 0;
+    share.begin = min(share.end, at.index);
+    share.end = min(share.end, at.index + share.size);
+    return true;
+}
+
+// The share of a CTA and the place where it begins; whole warps call it. If the share is empty, the
+// place is not set. Shares have at least `least` units; in columns they are larger than on the line by
+// up to `slack` sixteenths.
+DEVICE Share take_share(const Batch& batch, int cta, int ctas, int least, int slack, Place& at) {
+    const int lane = threadIdx.x % 32, requests = batch.requests, pairs = batch.pairs();
+    const bool few = requests <= 32;
+    const int per_lane = (requests + 31) / 32;
+    const Divisor grid(ctas), columns(max(1, ctas / pairs));
+    const int column = cta / pairs, pair = cta - column * pairs;
+    Row row{0, 0, 0, 0};
+    int units = 0;
+    if (few) {
+        if (lane < requests) row = read_row(batch, lane);
+        units = row.units;
+    } else {
+#pragma unroll 2
+        for (int i = 0; i < per_lane; i++) {
+            const int request = lane * per_lane + i;
+            units += request < requests ? read_row(batch, request).units : 0;
+        }
+    }
+    int sum = requests > 1 ? scan(units) : __shfl_sync(ALL_LANES, units, 0);
+    const int all = __shfl_sync(ALL_LANES, sum, 31), total = all * pairs;
     Share share;
-    share.size = max(least, (total + ctas - 1) / ctas);
-    share.begin = min(total, cta * share.size);
-    share.end = min(total, share.begin + share.size);
+    share.first = -1;
+    const int size = max(least, grid.ceil(total));
+    if (few && pairs <= ctas &&
+        take_column(batch, columns, column, pair, least, size + size * slack / 16, row, all, share, at))
+        return share;
+    share.size = size;
+    share.begin = min(total, cta * size);
+    share.end = min(total, share.begin + size);
     if (share.begin >= share.end) return share;
 
     // the lane whose requests hold the first unit, then the request
     int owner = __ffs(int(__ballot_sync(ALL_LANES, sum * pairs > share.begin))) - 1;
     int before = __shfl_sync(ALL_LANES, sum - units, owner);
     at.request = owner;
-    if (per_lane > 1) {
+    if (few) {
+        at.row = row_of_lane(row, owner);
+    } else {
         for (int i = 0;; i += 32) {
             const int request = owner * per_lane + i + lane;
             const bool mine = i + lane < per_lane && request < requests;
@@ -140,12 +221,12 @@ DEVICE Share take_share(const Batch& batch, int cta, int ctas, int least, Place&
             }
             before = __shfl_sync(ALL_LANES, sum, 31);
         }
+        at.row = read_row(batch, at.request);
     }
-    at.row = read_row(batch, at.request);
-    const int rest = share.begin - before * pairs, pair = rest / at.row.units;
-    at.index = rest - pair * at.row.units;
-    at.head = pair / batch.blocks;
-    at.block = pair - at.head * batch.blocks;
+    const int rest = share.begin - before * pairs, place = rest / at.row.units;
+    at.index = rest - place * at.row.units;
+    at.head = place / batch.blocks;
+    at.block = place - at.head * batch.blocks;
     return share;
 }
 
@@ -163,17 +244,22 @@ DEVICE void advance(const Batch& batch, Place& at, int step) {
     }
 }
 
-// Units [.., end) of the line that a CTA has of the head block at `place`, of which the CTAs first,
-// first + 1, ... have `parts` parts.
+// Units [.., end) that a CTA has of the head block at `place`: part `part` of `parts`. CTAs that have
+// the others follow one another, and so do the slots of their parts, from `first` on.
 struct Segment {
-    int end, first, parts;
+    int end, first, part, parts;
 };
 
-DEVICE Segment segment_at(const Share& share, const Place& place, int at) {
-    const int start = at - place.index, stop = start + place.row.units, first = start / share.size;
-    return {min(share.end, stop), first, (stop - 1) / share.size - first + 1};
+DEVICE Segment segment_at(const Share& share, const Place& place, int at, int cta) {
+    const int start = at - place.index, stop = start + place.row.units;
+    const Divisor size(share.size);
+    const int begins = size.floor(start), parts = size.floor(stop - 1) - begins + 1;
+    if (share.whole()) return {min(share.end, stop), share.first, size.floor(at), parts};
+    return {min(share.end, stop), begins, cta - begins, parts};
 }
 
-// Where a CTA leaves its part: it has two slots, one for a head block that it continues and one for
-// a head block that it begins.
-DEVICE int slot_of(int cta, int first) { return 2 * cta + (cta == first); }
+// Where a part is left. A CTA may continue a head block and begin another, so first parts have slots
+// of their own behind those of the grid.
+DEVICE int slot_of(const Segment& segment, int part, int ctas) {
+    return segment.first + part + (part ? 0 : ctas);
+}
