@@ -216,5 +216,5 @@ def _check_rows(name: str, rows: torch.Tensor) -> None:
     if not dense or step % 16 or rows.data_ptr() % 16:
         raise ValueError(
             f"{name} has strides {tuple(rows.stride())} at address {rows.data_ptr():#x}. Pass "
-            "dense heads, and an address and a stride between requests of whole multiples of 16 bytes."
+            "dense heads, and an address and a stride between requests that are multiples of 16 bytes."
         )
