@@ -32,9 +32,9 @@ MUTANTS = [
     ("one-barrier-phase-is-skipped", "decode.cu", "parity ^= 1", "parity ^= unit.count == 0"),
     ("sums-are-not-rescaled", "attend.cuh", "s.sum[e] *= factor[e]", "(void)factor[e]"),
     ("keys-are-fetched-too-early", "decode.cu", "more && !unit.count && !next.count", "more"),
-    ("parts-share-a-slot", "schedule.cuh", "(part ? 0 : ctas)", "0 * ctas"),
+    ("parts-share-a-slot", "schedule.cuh", "slot == first ? ctas : 0", "0 * ctas"),
     ("columns-overlap", "schedule.cuh", "at.index + share.size)", "at.index + share.size + 1)"),
-    ("a-part-loses-its-weight", "merge.cuh", "at + k < 32 ?", "at + k < 2 ?"),
+    ("a-part-loses-its-weight", "merge.cuh", "at + k < 32 ?", "at + k < 1 ?"),
 ]  # fmt: skip
 
 

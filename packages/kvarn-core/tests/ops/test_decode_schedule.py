@@ -18,6 +18,7 @@ import kvarn_core
 from kvarn_core.layout import HIT_COLUMN, RING_COLUMN, SINK_COLUMN, RecordLayout
 from kvarn_core.layout_header import HEADER_NAME, layout_header
 from kvarn_core.nvrtc import Program, Variant
+from kvarn_core.ops.decode.cuda import inverses
 from kvarn_core.spec import PRESETS
 
 pytest.importorskip("ziglang", reason="builds C++ for the CPU; the package ziglang is missing")
@@ -25,8 +26,8 @@ pytestmark = pytest.mark.emulate
 
 SOURCE = Path(__file__).parent.parent / "emulator" / "schedule_probe.cu"
 SCHEDULE = Path(kvarn_core.__file__).parent / "ops" / "decode" / "schedule.cuh"
-ARGUMENTS = ("pointer",) * 5 + ("i32",) * 7
-UNIT_WORDS, SEGMENT_WORDS = 10, 9
+ARGUMENTS = ("pointer",) * 5 + ("i32",) * 7 + ("u32",) * 4
+UNIT_WORDS, SEGMENT_WORDS = 10, 8
 LAYOUTS = [
     RecordLayout(PRESETS[f"kvarn_{name}"], dim)
     for name, dim in (("k4v2_g64", 64), ("k4v2_g128", 128), ("k2v2_g64", 256))
@@ -85,7 +86,7 @@ def _run(
     kernel.launch(
         (batch.ctas, 1, 1), *(x.ctypes.data for x in arrays), batch.table.shape[1],
         len(batch.lengths), batch.kv_heads, batch.blocks, batch.warps, batch.slack,
-        batch.warps,
+        batch.warps, *inverses(batch.ctas, batch.kv_heads, batch.blocks),
     )  # fmt: skip
     return units[: counts[0]], segments[: counts[1]]
 
@@ -148,10 +149,11 @@ def _check(layout: RecordLayout, batch: Batch, units: np.ndarray, segments: np.n
     assert (by_warp.max(1) - by_warp.min(1) <= 1).all()
     shares = np.bincount(cta, minlength=batch.ctas)
     units_of = np.bincount(request, minlength=len(batch.lengths)) // batch.pairs
-    assert shares.tolist() == _shares(batch, units_of)
+    want, in_columns = _shares(batch, units_of)
+    assert shares.tolist() == want
 
     # segments: parts are counted right, CTAs follow one another, slots are where they are read
-    owner, request, head, block, units_of, parts, part, slot, whole = segments.T
+    owner, request, head, block, units_of, parts, part, slot = segments.T
     assert units_of.sum() == len(units)
     key = (request * batch.kv_heads + head) * batch.blocks + block
     order = np.lexsort((part, key))
@@ -162,32 +164,31 @@ def _check(layout: RecordLayout, batch: Batch, units: np.ndarray, segments: np.n
     zeroth = slot[order][start].repeat(number) - batch.ctas
     behind = part[order] > 0
     assert np.array_equal(slot[order][behind], (zeroth + part[order])[behind])
-    step = batch.pairs if whole.any() else 1
+    step = batch.pairs if in_columns else 1
     begin = owner[order][start].repeat(number)
     assert np.array_equal(owner[order], begin + step * part[order])
     used = slot[parts > 1]
     assert len(set(used.tolist())) == len(used)
     assert (used >= 0).all()
     assert (used < 2 * batch.ctas).all()
-    assert whole.all() == whole.any() or not len(whole)
-    if whole.any():  # one head block for a CTA
+    if in_columns:  # one head block for a CTA
         assert len(set(owner.tolist())) == len(owner)
 
 
-def _shares(batch: Batch, units: np.ndarray) -> list[int]:
-    """Units of each CTA. `units` are those that one head block of each request has."""
+def _shares(batch: Batch, units: np.ndarray) -> tuple[list[int], bool]:
+    """Units of each CTA, and whether it is in a column. `units` are those of one head block."""
     total = int(units.sum()) * batch.pairs
     line = max(batch.warps, -(-total // batch.ctas))
     columns = _columns(batch, units, line)
     if columns is None:
         full, rest = divmod(total, line)
-        return ([line] * full + [rest] + [0] * batch.ctas)[: batch.ctas]
+        return ([line] * full + [rest] + [0] * batch.ctas)[: batch.ctas], False
     size, needed = columns
     shares = []
     for n, many in zip(units.tolist(), needed.tolist(), strict=True):
         for i in range(many):
             shares += [min(size, n - i * size)] * batch.pairs
-    return shares + [0] * (batch.ctas - len(shares))
+    return shares + [0] * (batch.ctas - len(shares)), True
 
 
 def _columns(batch: Batch, units: np.ndarray, line: int) -> tuple[int, np.ndarray] | None:

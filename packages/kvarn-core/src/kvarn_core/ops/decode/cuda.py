@@ -28,7 +28,7 @@ HERE = Path(__file__).parent
 HEADS = 8  # query heads of a head block
 LOG2_E = 1.4426950408889634
 DTYPES = {torch.float16: ("fp16", 0), torch.bfloat16: ("bf16", 1), torch.float32: ("fp32", 2)}
-ARGUMENTS = ("pointer",) * 8 + ("f32",) + ("i32",) * 8
+ARGUMENTS = ("pointer",) * 8 + ("f32",) + ("i32",) * 10 + ("u32",) * 4
 UNITS_PER_WARP = 1  # least share of a CTA: more means fewer partials, later
 SLACK = 4  # sixteenths by which shares may grow to give every head block whole CTAs
 
@@ -88,6 +88,7 @@ def decode(
     _check_rows("out", out)
     num_kv_heads = cache.shape[1]
     ratio = num_q_heads // num_kv_heads
+    blocks = -(-ratio // HEADS)
     scratch = _scratch(batch, num_q_heads, num_kv_heads, layout, query.device)
     if workspace is None:
         workspace = torch.zeros(scratch.nbytes, dtype=torch.uint8, device=query.device)
@@ -98,8 +99,16 @@ def decode(
         query.data_ptr(), cache.data_ptr(), page_table.data_ptr(), seq_lens.data_ptr(),
         out.data_ptr(), lse.data_ptr(), partials, partials + scratch.partial_bytes,
         sm_scale * LOG2_E, page_table.stride(0), query.stride(0), out.stride(0), batch,
-        num_kv_heads, ratio, UNITS_PER_WARP * shape(layout)[0], SLACK,
+        num_kv_heads, ratio, blocks, num_kv_heads * blocks,
+        UNITS_PER_WARP * shape(layout)[0], SLACK, *inverses(scratch.ctas, num_kv_heads, blocks),
     )  # fmt: skip
+
+
+@cache
+def inverses(ctas: int, num_kv_heads: int, blocks: int) -> tuple[int, ...]:
+    """What the schedule divides by, as `Inverses` in schedule.cuh wants it."""
+    pairs = num_kv_heads * blocks
+    return tuple(0xFFFFFFFF // n for n in (ctas, max(1, ctas // pairs), pairs, blocks))
 
 
 def workspace_bytes(
@@ -122,10 +131,10 @@ def shape(layout: RecordLayout) -> tuple[int, int]:
 
 
 def shared_bytes(layout: RecordLayout) -> int:
-    """Shared memory of a CTA: records, query, outputs and states of warps, barriers."""
+    """Shared memory of a CTA: records, query, outputs and states, barriers and notes of warps."""
     warps, _ = shape(layout)
     region = HEADS * (layout.head_dim + 4) * 4
-    return warps * (layout.record_bytes + region + HEADS * 8 + 16) + 16 * layout.head_dim
+    return warps * (layout.record_bytes + region + HEADS * 8 + 48) + 16 * layout.head_dim
 
 
 def variant(layout: RecordLayout, dtype: torch.dtype, *, magic: bool = False) -> nvrtc.Variant:
@@ -216,5 +225,5 @@ def _check_rows(name: str, rows: torch.Tensor) -> None:
     if not dense or step % 16 or rows.data_ptr() % 16:
         raise ValueError(
             f"{name} has strides {tuple(rows.stride())} at address {rows.data_ptr():#x}. Pass "
-            "dense heads, and an address and a stride between requests that are multiples of 16 bytes."
+            "dense heads, an address and a stride between requests that are multiples of 16 bytes."
         )

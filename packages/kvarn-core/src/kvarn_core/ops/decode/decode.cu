@@ -21,7 +21,8 @@ constexpr int QUERY_AT = WARPS * RECORD_BYTES;
 constexpr int REGIONS_AT = QUERY_AT + STEPS * 256;  // a warp keeps probabilities, then outputs there
 constexpr int STATES_AT = REGIONS_AT + WARPS * REGION_BYTES;
 constexpr int BARRIERS_AT = STATES_AT + WARPS * STATE_BYTES;
-constexpr int SHARED_BYTES = BARRIERS_AT + WARPS * 16;
+constexpr int NOTES_AT = BARRIERS_AT + WARPS * 16;  // of each warp: what it needs once per head block
+constexpr int SHARED_BYTES = NOTES_AT + WARPS * 32;
 static_assert(SHARED_BYTES == EXPECTED_SHARED_BYTES, "the launcher asks for another size");
 static_assert(G * 16 <= REGION_BYTES, "the probabilities of a unit fit the region of a warp");
 
@@ -37,43 +38,39 @@ DEVICE void ask_query(Words (&words)[HEADS_OF_WARP], const Element* query, int c
 
 // The same rotated, times scale, in B-fragment order; heads that do not exist are zero.
 DEVICE void leave_query(u32 to, const Words (&words)[HEADS_OF_WARP], float scale) {
+    const int first = late_lane() * CHANNELS;
 #pragma unroll
     for (int h = 0; h < HEADS_OF_WARP; h++) {
         const int head = head_of_warp(h);
-        if (head >= HEADS) break;
+        if (HEADS % WARPS && head >= HEADS) break;
         Channels c = channels_of(words[h]);
         rotate(c);
 #pragma unroll
         for (int i = 0; i < CHANNELS; i += 2) {
-            const int channel = int(threadIdx.x) % 32 * CHANNELS + i, step = channel / 16, k = channel % 16;
+            const int channel = first + i, step = channel / 16, k = channel % 16;
             const u32 at = step / 2 * 512 + (head * 4 + k % 8 / 2) * 16 + step % 2 * 8 + k / 8 * 4;
             store_shared(to + at, pack_halves(saturate(c.x[i] * scale), saturate(c.x[i + 1] * scale)));
         }
     }
 }
 
-struct Block {  // head block at a place: first query head, how many there are, request
-    int head, heads;
-    u64 request;
-};
-
-DEVICE Block block_of(const Place& place, int ratio) {
-    return {place.head * ratio + place.block * HEADS, min(HEADS, ratio - place.block * HEADS),
-            u64(place.request)};
-}
+// First query head of the head block at a place, and how many there are.
+DEVICE int head_of(const Place& at, int ratio) { return at.head * ratio + at.block * HEADS; }
+DEVICE int heads_of(const Place& at, int ratio) { return min(HEADS, ratio - at.block * HEADS); }
 
 // Fixed grid. `counters` [requests * head blocks] are zero before and after a launch.
 KERNEL void __launch_bounds__(WARPS * 32, CTAS)
 decode_kernel(const Element* query, const u8* cache, const int* table, const int* lengths, Element* out,
               float* lse, float* partials, u32* counters, float scale, int table_stride,
-              int query_stride, int out_stride, int requests, int kv_heads, int ratio, int least,
-              int slack) {
+              int query_stride, int out_stride, int requests, int kv_heads, int ratio, int blocks,
+              int pairs, int least, int slack, u32 inverse_ctas, u32 inverse_columns, u32 inverse_pairs,
+              u32 inverse_blocks) {
     DYNAMIC_SHARED(shared);
     const u32 base = shared_address(shared);
-    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-    const int cta = int(blockIdx.x), ctas = int(gridDim.x);
+    const int lane = threadIdx.x % 32, warp = __shfl_sync(ALL_LANES, int(threadIdx.x) / 32, 0);
     const u32 regions = base + REGIONS_AT, region = regions + warp * REGION_BYTES;
     const u32 states = base + STATES_AT, ready = base + BARRIERS_AT + warp * 16;
+    const u32 note = base + NOTES_AT + warp * 32;  // slot, origin, size; begins, parts
     const Slot slot{base + warp * RECORD_BYTES, base + QUERY_AT, region, ready, ready + 8,
                     stream_policy()};
     if (lane == 0) {
@@ -83,15 +80,17 @@ decode_kernel(const Element* query, const u8* cache, const int* table, const int
     }
     __syncwarp();
 
-    const Batch batch{table, lengths, u64(table_stride), requests, kv_heads, (ratio + HEADS - 1) / HEADS};
+    const Batch batch{table, lengths, u64(table_stride), requests, kv_heads, blocks, pairs};
     Place place;
-    const Share share = take_share(batch, cta, ctas, least, slack, place);
-    Block block{0, 0, 0};
+    const Inverses inverses{inverse_ctas, inverse_columns, inverse_pairs, inverse_blocks};
+    const Share share = take_share(batch, inverses, int(blockIdx.x), int(gridDim.x), least, slack, place);
+    store_shared4(note, {u32(share.slot), u32(share.origin), u32(share.size), 0});
     Words words[HEADS_OF_WARP];
-    if (share.begin < share.end) {
-        block = block_of(place, ratio);
-        ask_query(words, query + block.request * query_stride + u64(block.head) * D, block.heads);
-    }
+    const auto ask = [&] {
+        const Element* const rows = query + u64(place.request) * query_stride;
+        ask_query(words, rows + head_of(place, ratio) * D, heads_of(place, ratio));
+    };
+    if (share.begin < share.end) ask();
     Place ahead = place;  // of the unit that this warp fetches
     int fetched = share.begin + warp;
     Unit next{nullptr, 0, 0};
@@ -107,10 +106,11 @@ decode_kernel(const Element* query, const u8* cache, const int* table, const int
             }
         }
     }
+    if (share.begin < share.end) leave_query(slot.query, words, scale);
     u32 parity = 0;
     for (int at = share.begin; at < share.end;) {  // units of one head block at a time
-        const Segment segment = segment_at(share, place, at, cta);
-        leave_query(slot.query, words, scale);
+        const Segment segment = segment_at(int(load_shared4(note).z), share.end, place, at);
+        store_shared2(note + 16, {u32(segment.begins), u32(segment.parts)});
         __syncthreads();  // the query is there, and all have read regions and states
         State state;
         clear(state);
@@ -150,38 +150,42 @@ decode_kernel(const Element* query, const u8* cache, const int* table, const int
             parity ^= 1;
         }
         leave_state(region, states + warp * STATE_BYTES, state);
-        Element* const result = out + block.request * out_stride + u64(block.head) * D;
-        float* const result_lse = lse + block.request * (u64(kv_heads) * ratio) + block.head;
+        const int head = head_of(place, ratio), heads = heads_of(place, ratio);
+        Element* const result = out + u64(place.request) * out_stride + head * D;
+        float* const result_lse = lse + u64(place.request) * (kv_heads * ratio) + head;
         u32* const counter =
-            counters + block.request * batch.pairs() + place.head * batch.blocks + place.block;
-        const int heads = block.heads;
+            counters + place.request * batch.pairs + place.head * batch.blocks + place.block;
+        const uint2 numbers = load_shared2(note), cut = load_shared2(note + 16);
+        const int first = int(numbers.y + cut.x), parts = int(cut.y);
         at = segment.end;
-        if (at < share.end) {  // the next query is on its way while this head block is merged
+        const bool more = at < share.end;
+        if (more) {  // the next query is on its way while warps are merged
             place.index = place.row.units - 1;
             advance(batch, place, 1);
-            block = block_of(place, ratio);
-            ask_query(words, query + block.request * query_stride + u64(block.head) * D, block.heads);
+            ask();
         }
         __syncthreads();
 
         for (int i = warp; i < heads; i += WARPS) {
             Sum sum = merge_warps(regions, states, i);
-            if (segment.parts == 1)
+            if (parts == 1)
                 write_result(result + u64(i) * D, result_lse + i, sum);
             else
-                write_partial(partials + u64(slot_of(segment, segment.part, ctas)) * PARTIAL, i, sum);
+                write_partial(partials + u64(place_of(int(numbers.x), first, late_grid())) * PARTIAL, i,
+                              sum);
         }
-        if (segment.parts > 1) {
+        if (more) leave_query(slot.query, words, scale);
+        if (parts > 1) {
             __syncthreads();
             bool last = false;
             if (threadIdx.x == 0) {
-                last = arrive_global(counter) == u32(segment.parts - 1);
+                last = arrive_global(counter) == u32(parts - 1);
                 if (last) *counter = 0;
             }
             if (__syncthreads_or(last)) {
                 Sum sums[HEADS_OF_WARP];
-                merge_partials(partials + u64(slot_of(segment, 0, ctas)) * PARTIAL,
-                               partials + u64(segment.first) * PARTIAL, segment.parts, heads, sums);
+                merge_partials(partials + u64(first + late_grid()) * PARTIAL,
+                               partials + u64(first + 1) * PARTIAL, parts, heads, sums);
 #pragma unroll
                 for (int i = 0; i < HEADS_OF_WARP; i++)
                     if (head_of_warp(i) < heads)
@@ -191,7 +195,7 @@ decode_kernel(const Element* query, const u8* cache, const int* table, const int
         }
     }
 
-    for (int request = cta; request < requests; request += ctas)  // padded rows
+    for (int request = late_block(); request < requests; request += late_grid())  // padded rows
         if (lengths[request] <= 0) {
             const int heads = kv_heads * ratio;
             for (int head = warp; head < heads; head += WARPS) {

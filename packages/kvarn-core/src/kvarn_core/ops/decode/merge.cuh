@@ -88,17 +88,17 @@ DEVICE void write_partial(float* partial, int head, const Sum& sum) {
         *reinterpret_cast<float2*>(partial + HEADS * D + 2 * head) = make_float2(sum.top, sum.sum);
 }
 
-DEVICE Channels load_partial(const float* partial, int head) {
+DEVICE Channels load_partial(const float* from) {
     Channels c;
-    const float* from = partial + head * D + threadIdx.x % 32 * CHANNELS;
     if constexpr (CHANNELS == 2) {
-        const float2 v = *reinterpret_cast<const float2*>(from);
-        c.x[0] = v.x, c.x[1] = v.y;
+        const uint2 v = load_global2(from);
+        c.x[0] = as_float(v.x), c.x[1] = as_float(v.y);
     } else {
 #pragma unroll
         for (int i = 0; i < CHANNELS; i += 4) {
-            const float4 v = *reinterpret_cast<const float4*>(from + i);
-            c.x[i] = v.x, c.x[i + 1] = v.y, c.x[i + 2] = v.z, c.x[i + 3] = v.w;
+            const uint4 v = load_global4(from + i);
+            c.x[i] = as_float(v.x), c.x[i + 1] = as_float(v.y);
+            c.x[i + 2] = as_float(v.z), c.x[i + 3] = as_float(v.w);
         }
     }
     return c;
@@ -114,8 +114,8 @@ static_assert(32 * WEIGHED % AT_ONCE == 0, "parts in flight have a weight, if on
 
 DEVICE int head_of_warp(int i) { return int(threadIdx.x) / 32 + i * WARPS; }
 
-// Sums of the heads of a warp over parts 0, 1, ... in this order: part 0 lies at `zeroth`, part i > 0
-// at rest + i * PARTIAL. Heads from `heads` on do not exist.
+// Sums of the heads of a warp over parts 0, 1, ... in this order: part 0 lies at `zeroth`, the others
+// one after the other from `rest` on. Heads from `heads` on do not exist.
 DEVICE void merge_partials(const float* zeroth, const float* rest, int parts, int heads,
                            Sum (&all)[HEADS_OF_WARP]) {
     const int lane = threadIdx.x % 32;
@@ -123,35 +123,37 @@ DEVICE void merge_partials(const float* zeroth, const float* rest, int parts, in
 #pragma unroll
     for (int h = 0; h < HEADS_OF_WARP; h++) {
         head[h] = min(head_of_warp(h), heads - 1);
-        clear(all[h]);
+        all[h].out = load_partial(zeroth + head[h] * D + lane * CHANNELS);
+        const uint2 state = load_global2(zeroth + HEADS * D + 2 * head[h]);
+        all[h].top = as_float(state.x);
+        all[h].sum = lane ? 0.0f : as_float(state.y);
     }
-    for (int start = 0; start < parts; start += 32 * WEIGHED) {
-        const int count = min(32 * WEIGHED, parts - start);
-        float2 state[WEIGHED][HEADS_OF_WARP];
+    for (int left = parts - 1; left > 0; left -= 32 * WEIGHED, rest += 32 * WEIGHED * PARTIAL) {
+        const int count = min(32 * WEIGHED, left);
+        uint2 state[WEIGHED][HEADS_OF_WARP];
 #pragma unroll
         for (int i = 0; i < WEIGHED; i++) {
-            const int part = start + min(32 * i + lane, count - 1);
-            const float* from = (part ? rest + u64(part) * PARTIAL : zeroth) + HEADS * D;
+            const float* from = rest + min(32 * i + lane, count - 1) * PARTIAL + HEADS * D;
 #pragma unroll
-            for (int h = 0; h < HEADS_OF_WARP; h++)
-                state[i][h] = *reinterpret_cast<const float2*>(from + 2 * head[h]);
+            for (int h = 0; h < HEADS_OF_WARP; h++) state[i][h] = load_global2(from + 2 * head[h]);
         }
-        // on their way before states are looked at; places behind the last part repeat it, at weight 0
-        Channels x[AT_ONCE][HEADS_OF_WARP];
-        const auto load = [&](int k, int part) {
-            part = start + min(part, count - 1);
-            const float* from = part ? rest + u64(part) * PARTIAL : zeroth;
+        const float* source[HEADS_OF_WARP];
+        Channels x[AT_ONCE][HEADS_OF_WARP];  // on their way before states are looked at
 #pragma unroll
-            for (int h = 0; h < HEADS_OF_WARP; h++) x[k][h] = load_partial(from, head[h]);
-        };
+        for (int h = 0; h < HEADS_OF_WARP; h++) source[h] = rest + head[h] * D + lane * CHANNELS;
 #pragma unroll
-        for (int k = 0; k < AT_ONCE; k++) load(k, k);
+        for (int k = 0; k < AT_ONCE; k++)
+#pragma unroll
+            for (int h = 0; h < HEADS_OF_WARP; h++) {
+                clear(x[k][h]);
+                if (k < count) x[k][h] = load_partial(source[h] + k * PARTIAL);
+            }
         float factor[WEIGHED][HEADS_OF_WARP];
 #pragma unroll
         for (int h = 0; h < HEADS_OF_WARP; h++) {
             float highest = all[h].top;
 #pragma unroll
-            for (int i = 0; i < WEIGHED; i++) highest = fmaxf(highest, state[i][h].x);
+            for (int i = 0; i < WEIGHED; i++) highest = fmaxf(highest, as_float(state[i][h].x));
 #pragma unroll
             for (int bit = 1; bit < 32; bit *= 2)
                 highest = fmaxf(highest, __shfl_xor_sync(ALL_LANES, highest, bit));
@@ -163,24 +165,26 @@ DEVICE void merge_partials(const float* zeroth, const float* rest, int parts, in
 #pragma unroll
             for (int i = 0; i < WEIGHED; i++) {
                 const bool there = 32 * i + lane < count;
-                factor[i][h] = there ? exp2_approx(state[i][h].x - highest) : 0.0f;
-                all[h].sum = there ? fmaf(factor[i][h], state[i][h].y, all[h].sum) : all[h].sum;
+                factor[i][h] = there ? exp2_approx(as_float(state[i][h].x) - highest) : 0.0f;
+                all[h].sum = there ? fmaf(factor[i][h], as_float(state[i][h].y), all[h].sum) : all[h].sum;
             }
         }
 #pragma unroll 1
         for (int at = 0; at < count; at += AT_ONCE) {
 #pragma unroll
-            for (int k = 0; k < AT_ONCE; k++) {
+            for (int k = 0; k < AT_ONCE; k++)
 #pragma unroll
                 for (int h = 0; h < HEADS_OF_WARP; h++) {
                     const float mine = at + k < 32 ? factor[0][h] : factor[1][h];
-                    const float f = __shfl_sync(ALL_LANES, mine, (at + k) % 32);
+                    const float f = __shfl_sync(ALL_LANES, mine, (at + k) % 32);  // 0 behind the last
 #pragma unroll
                     for (int i = 0; i < CHANNELS; i++)
                         all[h].out.x[i] = fmaf(f, x[k][h].x[i], all[h].out.x[i]);
+                    if (at + k + AT_ONCE < count)
+                        x[k][h] = load_partial(source[h] + (k + AT_ONCE) * PARTIAL);
                 }
-                load(k, at + k + AT_ONCE);
-            }
+#pragma unroll
+            for (int h = 0; h < HEADS_OF_WARP; h++) source[h] += AT_ONCE * PARTIAL;
         }
     }
 #pragma unroll

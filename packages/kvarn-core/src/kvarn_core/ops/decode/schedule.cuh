@@ -17,12 +17,26 @@
 
 constexpr int HEADS = 8;  // query heads of a head block: the N of the mma
 
+// Division of numbers below 2^31 by one whose inverse is known early: 0xffffffff / by.
+struct Divisor {
+    u32 by, inverse;
+    DEVICE int floor(int x) const {
+        const u32 q = u32(u64(u32(x)) * inverse >> 32);  // right, or one too small
+        return int(q + (u32(x) - q * by >= by));
+    }
+    DEVICE int ceil(int x) const { return floor(x + int(by) - 1); }
+};
+DEVICE Divisor divisor(int n) { return {u32(n), 0xffffffffu / u32(n)}; }
+
 struct Batch {
     const int* table;
     const int* lengths;
     u64 table_stride;
-    int requests, kv_heads, blocks;  // head blocks of a KV head
-    DEVICE int pairs() const { return kv_heads * blocks; }  // with one request
+    int requests, kv_heads, blocks, pairs;  // head blocks of a KV head; of a request
+};
+
+struct Inverses {  // of numbers that the launcher knows; there are max(1, ctas / pairs) columns
+    u32 ctas, columns, pairs, blocks;
 };
 
 struct Row {  // what a request reads
@@ -49,20 +63,7 @@ struct Place {  // unit `index` of head block `block` of KV head `head` of reque
 
 struct Share {  // units [begin, end) of the line, or of the head block in columns
     int begin, end, size;  // size is that of every share but the last
-    int first;             // slot of part 0 in columns; negative on the line, where size tells
-    DEVICE bool whole() const { return first >= 0; }
-};
-
-// Division of numbers below 2^31 by one that is known early.
-struct Divisor {
-    u32 by, inverse;
-    DEVICE explicit Divisor(int n) : by(n), inverse(0xffffffffu / u32(n)) {}
-    DEVICE Divisor(u32 n, u32 i) : by(n), inverse(i) {}
-    DEVICE int floor(int x) const {
-        const u32 q = u32(u64(u32(x)) * inverse >> 32);  // right, or one too small
-        return int(q + (u32(x) - q * by >= by));
-    }
-    DEVICE int ceil(int x) const { return floor(x + int(by) - 1); }
+    int slot, origin;      // slots of parts: of this share, of the one that begins at unit 0
 };
 
 DEVICE Ring ring_of(const Row& row) {
@@ -72,15 +73,13 @@ DEVICE Ring ring_of(const Row& row) {
 
 DEVICE Row read_row(const Batch& batch, int request) {
     const int* columns = batch.table + u64(request) * batch.table_stride;
-    const int length = batch.lengths[request], hits = columns[HIT_COLUMN];
-    Row row{length, 0, columns[SINK_COLUMN], 0};
-    if (length <= 0) return row;
+    const int length = max(0, batch.lengths[request]), hits = columns[HIT_COLUMN];
     // a server may warm up with made-up tables: hits beyond the request would leave its row
-    const int last = (length - 1) / G;
-    row.packed = max(max(last - 1, min(hits, last)), 0);
+    const int last = (length - 1) / G, packed = max(max(last - 1, min(hits, last)), 0);
+    Row row{length, packed, columns[SINK_COLUMN], 0};
     const Ring ring = ring_of(row);
-    row.sink = row.packed > 0 ? row.sink : 0;
-    row.units = row.packed + ring.pages() + ring.wrapped_pages() + (row.sink != 0);
+    row.sink = packed > 0 ? row.sink : 0;
+    row.units = length ? packed + ring.pages() + ring.wrapped_pages() + (row.sink != 0) : 0;
     return row;
 }
 
@@ -130,15 +129,15 @@ DEVICE Row row_of_lane(const Row& row, int lane) {
 
 // The least share up to `most` at which all requests fit in the columns, and the share of a CTA then.
 // Lanes hold the rows of up to 32 requests; each tries another size. False if none does.
-DEVICE bool take_column(const Batch& batch, const Divisor& columns, int column, int pair, int least,
-                        int most, const Row& row, int units, Share& share, Place& at) {
+DEVICE bool take_column(const Batch& batch, const Divisor& columns, int column, int least, int most,
+                        const Row& row, int units, Share& share, Place& at) {
     const int lane = threadIdx.x % 32, requests = batch.requests;
     const int smallest = max(least, columns.ceil(units));
     if (smallest > most) return false;
     int part = column, owner = 0;
     share.size = smallest;
     if (requests > 1) {
-        const Divisor mine(smallest + lane * ((most - smallest) / 32 + 1));
+        const Divisor mine = divisor(smallest + lane * ((most - smallest) / 32 + 1));
         int needed = 0;
 #pragma unroll 4
         for (int i = 0; i < requests; i++)
@@ -146,8 +145,8 @@ DEVICE bool take_column(const Batch& batch, const Divisor& columns, int column, 
         const u32 fits = __ballot_sync(ALL_LANES, needed <= int(columns.by) && int(mine.by) <= most);
         if (!fits) return false;
         const int best = __ffs(int(fits)) - 1;
-        const Divisor chosen(__shfl_sync(ALL_LANES, mine.by, best),
-                             __shfl_sync(ALL_LANES, mine.inverse, best));
+        const Divisor chosen{__shfl_sync(ALL_LANES, mine.by, best),
+                             __shfl_sync(ALL_LANES, mine.inverse, best)};
         share.size = int(chosen.by);
         const int own = chosen.ceil(row.units), stop = scan(own);
         const u32 behind = __ballot_sync(ALL_LANES, stop > column);
@@ -156,10 +155,9 @@ DEVICE bool take_column(const Batch& batch, const Divisor& columns, int column, 
     }
     at.request = owner;
     at.row = row_of_lane(row, owner);
-    at.head = pair / batch.blocks;
-    at.block = pair - at.head * batch.blocks;
     at.index = part * share.size;
-    share.first = pair * int(columns.by) + column - part;
+    share.slot = column;
+    share.origin = column - part;
     share.end = column < int(columns.by) ? at.row.units : 0;
     share.begin = min(share.end, at.index);
     share.end = min(share.end, at.index + share.size);
@@ -169,12 +167,15 @@ DEVICE bool take_column(const Batch& batch, const Divisor& columns, int column, 
 // The share of a CTA and the place where it begins; whole warps call it. If the share is empty, the
 // place is not set. Shares have at least `least` units; in columns they are larger than on the line by
 // up to `slack` sixteenths.
-DEVICE Share take_share(const Batch& batch, int cta, int ctas, int least, int slack, Place& at) {
-    const int lane = threadIdx.x % 32, requests = batch.requests, pairs = batch.pairs();
+DEVICE Share take_share(const Batch& batch, const Inverses& inverses, int cta, int ctas, int least,
+                        int slack, Place& at) {
+    const int lane = threadIdx.x % 32, requests = batch.requests, pairs = batch.pairs;
     const bool few = requests <= 32;
     const int per_lane = (requests + 31) / 32;
-    const Divisor grid(ctas), columns(max(1, ctas / pairs));
-    const int column = cta / pairs, pair = cta - column * pairs;
+    const Divisor grid{u32(ctas), inverses.ctas}, by_pairs{u32(pairs), inverses.pairs},
+        by_blocks{u32(batch.blocks), inverses.blocks};
+    const Divisor columns{u32(max(1, by_pairs.floor(ctas))), inverses.columns};
+    const int column = by_pairs.floor(cta);
     Row row{0, 0, 0, 0};
     int units = 0;
     if (few) {
@@ -190,11 +191,18 @@ DEVICE Share take_share(const Batch& batch, int cta, int ctas, int least, int sl
     int sum = requests > 1 ? scan(units) : __shfl_sync(ALL_LANES, units, 0);
     const int all = __shfl_sync(ALL_LANES, sum, 31), total = all * pairs;
     Share share;
-    share.first = -1;
+    share.slot = cta;
+    share.origin = 0;
     const int size = max(least, grid.ceil(total));
     if (few && pairs <= ctas &&
-        take_column(batch, columns, column, pair, least, size + size * slack / 16, row, all, share, at))
+        take_column(batch, columns, column, least, size + size * slack / 16, row, all, share, at)) {
+        const int pair = cta - column * pairs;
+        at.head = by_blocks.floor(pair);
+        at.block = pair - at.head * batch.blocks;
+        share.slot += pair * int(columns.by);
+        share.origin += pair * int(columns.by);
         return share;
+    }
     share.size = size;
     share.begin = min(total, cta * size);
     share.end = min(total, share.begin + size);
@@ -225,7 +233,7 @@ DEVICE Share take_share(const Batch& batch, int cta, int ctas, int least, int sl
     }
     const int rest = share.begin - before * pairs, place = rest / at.row.units;
     at.index = rest - place * at.row.units;
-    at.head = place / batch.blocks;
+    at.head = by_blocks.floor(place);
     at.block = place - at.head * batch.blocks;
     return share;
 }
@@ -244,22 +252,19 @@ DEVICE void advance(const Batch& batch, Place& at, int step) {
     }
 }
 
-// Units [.., end) that a CTA has of the head block at `place`: part `part` of `parts`. CTAs that have
-// the others follow one another, and so do the slots of their parts, from `first` on.
+// Units [.., end) that a CTA has of the head block at `place`. The block is left in `parts` parts, in
+// slots that follow one another from share.origin + begins on.
 struct Segment {
-    int end, first, part, parts;
+    int end, begins, parts;
 };
 
-DEVICE Segment segment_at(const Share& share, const Place& place, int at, int cta) {
+DEVICE Segment segment_at(int size, int share_end, const Place& place, int at) {
     const int start = at - place.index, stop = start + place.row.units;
-    const Divisor size(share.size);
-    const int begins = size.floor(start), parts = size.floor(stop - 1) - begins + 1;
-    if (share.whole()) return {min(share.end, stop), share.first, size.floor(at), parts};
-    return {min(share.end, stop), begins, cta - begins, parts};
+    const Divisor by = divisor(size);
+    const int begins = by.floor(start);
+    return {min(share_end, stop), begins, by.floor(stop - 1) - begins + 1};
 }
 
-// Where a part is left. A CTA may continue a head block and begin another, so first parts have slots
-// of their own behind those of the grid.
-DEVICE int slot_of(const Segment& segment, int part, int ctas) {
-    return segment.first + part + (part ? 0 : ctas);
-}
+// A CTA may continue a head block and begin another, so first parts have places of their own behind
+// the slots of the grid.
+DEVICE int place_of(int slot, int first, int ctas) { return slot + (slot == first ? ctas : 0); }
