@@ -10,21 +10,21 @@
 // first record is found, the next before a merge.
 //
 // Bytes per unit: RECORD_BYTES. Traded away: batch invariance, because the cuts follow the batch;
-// and more than 8 heads of a KV head read its records again.
+// and more heads of a KV head than HEADS read its records again.
 #include "attend.cuh"
 #include "channels.cuh"
 #include "merge.cuh"
 #include "schedule.cuh"
 
-// Defined by the launcher: WARPS and CTAS of a processor, QUERY.
+// Defined by the launcher: WARPS, CTAS of a processor, HEADS of a head block (8 or 16), QUERY.
 constexpr int QUERY_AT = WARPS * RECORD_BYTES;
-constexpr int REGIONS_AT = QUERY_AT + STEPS * 256;  // a warp keeps probabilities, then outputs there
+constexpr int REGIONS_AT = QUERY_AT + TILES * QUERY_BYTES;  // a warp keeps probabilities, then outputs there
 constexpr int STATES_AT = REGIONS_AT + WARPS * REGION_BYTES;
 constexpr int BARRIERS_AT = STATES_AT + WARPS * STATE_BYTES;
 constexpr int NOTES_AT = BARRIERS_AT + WARPS * 16;  // of each warp: what it needs once per head block
 constexpr int SHARED_BYTES = NOTES_AT + WARPS * 32;
 static_assert(SHARED_BYTES == EXPECTED_SHARED_BYTES, "the launcher asks for another size");
-static_assert(G * 16 <= REGION_BYTES, "the probabilities of a unit fit the region of a warp");
+static_assert(TILES * STRIP_BYTES <= REGION_BYTES, "the probabilities of a unit fit the region of a warp");
 
 // Query of a head block as it is in memory: on its way while the first records are found and fetched.
 DEVICE void ask_query(Words (&words)[HEADS_OF_WARP], const Element* query, int count) {
@@ -48,7 +48,8 @@ DEVICE void leave_query(u32 to, const Words (&words)[HEADS_OF_WARP], float scale
 #pragma unroll
         for (int i = 0; i < CHANNELS; i += 2) {
             const int channel = first + i, step = channel / 16, k = channel % 16;
-            const u32 at = step / 2 * 512 + (head * 4 + k % 8 / 2) * 16 + step % 2 * 8 + k / 8 * 4;
+            const u32 at = head / 8 * QUERY_BYTES + step / 2 * 512 + (head % 8 * 4 + k % 8 / 2) * 16 +
+                           step % 2 * 8 + k / 8 * 4;
             store_shared(to + at, pack_halves(saturate(c.x[i] * scale), saturate(c.x[i + 1] * scale)));
         }
     }
@@ -84,7 +85,8 @@ decode_kernel(const Element* query, const u8* cache, const int* table, const int
     Place place;
     const Inverses inverses{inverse_ctas, inverse_columns, inverse_pairs, inverse_blocks};
     const Share share = take_share(batch, inverses, int(blockIdx.x), int(gridDim.x), least, slack, place);
-    store_shared4(note, {u32(share.slot), u32(share.origin), u32(share.size), 0});
+    if (lane == 0) store_shared4(note, {u32(share.slot), u32(share.origin), u32(share.size), 0});
+    __syncwarp();
     Words words[HEADS_OF_WARP];
     const auto ask = [&] {
         const Element* const rows = query + u64(place.request) * query_stride;
@@ -110,7 +112,7 @@ decode_kernel(const Element* query, const u8* cache, const int* table, const int
     u32 parity = 0;
     for (int at = share.begin; at < share.end;) {  // units of one head block at a time
         const Segment segment = segment_at(int(load_shared4(note).z), share.end, place, at);
-        store_shared2(note + 16, {u32(segment.begins), u32(segment.parts)});
+        if (lane == 0) store_shared2(note + 16, {u32(segment.begins), u32(segment.parts)});
         __syncthreads();  // the query is there, and all have read regions and states
         State state;
         clear(state);
@@ -125,12 +127,12 @@ decode_kernel(const Element* query, const u8* cache, const int* table, const int
             const bool early = more && !unit.count && !next.count;  // K part free before V part
             barrier_wait(slot.key_ready, parity);
             if (unit.count) {
-                float scores[EXACT_BLOCKS][4];
+                float scores[EXACT_BLOCKS][TILES][4];
                 score_rows(slot, unit, scores);
                 raise_top(state, scores);
                 add_rows(slot, unit, scores, state);
             } else {
-                float scores[G / 16][4];
+                float scores[G / 16][TILES][4];
                 score_record(slot, unit.first, scores);
                 __syncwarp();
                 if (early && lane == 0) fetch_keys(slot, next);

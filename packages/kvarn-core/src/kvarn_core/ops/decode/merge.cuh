@@ -24,18 +24,23 @@ DEVICE void clear(Sum& s) {
 }
 
 DEVICE void leave_state(u32 region, u32 states, State& s) {
-    const int lane = threadIdx.x % 32, row = lane / 4, head = lane % 4 * 2;
+    const int lane = threadIdx.x % 32, row = lane / 4;
 #pragma unroll
-    for (int block = 0; block < D / 16; block++)
+    for (int n = 0; n < TILES; n++) {
+        const int head = 8 * n + lane % 4 * 2;
 #pragma unroll
-        for (int j = 0; j < 4; j++) {
-            const int at = (head + j % 2) * HEAD_STRIDE + 16 * block + 8 * (j / 2) + row;
-            store_shared(region + 4 * at, as_bits(s.out[block][j] * (1.0f / unit_of<V_BITS>(block))));
+        for (int block = 0; block < D / 16; block++)
+#pragma unroll
+            for (int j = 0; j < 4; j++) {
+                const int at = (head + j % 2) * HEAD_STRIDE + 16 * block + 8 * (j / 2) + row;
+                const float unit = 1.0f / unit_of<V_BITS>(block);
+                store_shared(region + 4 * at, as_bits(s.out[block][n][j] * unit));
+            }
+#pragma unroll
+        for (int e = 0; e < 2; e++) {
+            const float sum = sum_of_rows(s.sum[n][e]);
+            if (row == 0) store_shared2(states + (head + e) * 8, {as_bits(s.top[n][e]), as_bits(sum)});
         }
-#pragma unroll
-    for (int e = 0; e < 2; e++) {
-        const float sum = sum_of_rows(s.sum[e]);
-        if (row == 0) store_shared2(states + (head + e) * 8, {as_bits(s.top[e]), as_bits(sum)});
     }
 }
 

@@ -15,8 +15,6 @@
 #include "device.cuh"
 #include "layout.cuh"
 
-constexpr int HEADS = 8;  // query heads of a head block: the N of the mma
-
 // Division of numbers below 2^31 by one whose inverse is known early: 0xffffffff / by.
 struct Divisor {
     u32 by, inverse;
