@@ -45,9 +45,9 @@ class Emulated:
         self.cache: torch.Tensor
 
     def _kernel(
-        self, layout: RecordLayout, dtype: torch.dtype, device: torch.device
+        self, layout: RecordLayout, dtype: torch.dtype, heads: int, device: torch.device
     ) -> EmulatedKernel:
-        variant = self.changed(cuda.variant(layout, dtype, magic=self.magic))
+        variant = self.changed(cuda.variant(layout, dtype, heads, magic=self.magic))
         return EmulatedKernel(variant, [self.cache], self.seed)
 
     def decode(

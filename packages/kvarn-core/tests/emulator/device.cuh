@@ -139,6 +139,11 @@ DEVICE void store_shared2(u32 a, uint2 v) { emulated_store(a, v); }
 DEVICE void store_shared4(u32 a, uint4 v) { emulated_store(a, v); }
 DEVICE float as_float(u32 bits) { return __uint_as_float(bits); }
 DEVICE u32 as_bits(float x) { return __float_as_uint(x); }
+DEVICE uint2 load_global2(const void* p) { uint2 v; memcpy(&v, p, sizeof v); return v; }
+DEVICE uint4 load_global4(const void* p) { uint4 v; memcpy(&v, p, sizeof v); return v; }
+DEVICE int late_block() { return int(blockIdx.x); }
+DEVICE int late_grid() { return int(gridDim.x); }
+DEVICE int late_lane() { return int(threadIdx.x) % 32; }
 DEVICE u32 arrive_global(u32* p) { return (*p)++; }
 
 // --- bulk copies and their barriers ----------------------------------------------------------------

@@ -1,7 +1,7 @@
 // Writes down what decode's schedule gives to every warp of every CTA, in the functions of decode.
 #include "schedule.cuh"
 
-constexpr int UNIT_WORDS = 10, SEGMENT_WORDS = 7;
+constexpr int UNIT_WORDS = 10, SEGMENT_WORDS = 8;
 
 DEVICE void write(int* log, int* count, int words, const int* values) {
     const int row = atomicAdd(count, 1);
@@ -10,12 +10,15 @@ DEVICE void write(int* log, int* count, int words, const int* values) {
 
 KERNEL void schedule_probe(const int* table, const int* lengths, int* units, int* segments, int* counts,
                            int table_stride, int requests, int kv_heads, int blocks, int least,
-                           int warps) {
-    const Batch batch{table, lengths, u64(table_stride), requests, kv_heads, blocks};
+                           int slack, int warps, u32 inverse_ctas, u32 inverse_columns,
+                           u32 inverse_pairs, u32 inverse_blocks) {
+    const Batch batch{table, lengths, u64(table_stride), requests, kv_heads, blocks,
+                      kv_heads * blocks};
     const u8* const cache = reinterpret_cast<const u8*>(u64(1) << 40);  // an address to count from
     const int cta = int(blockIdx.x);
     Place place;
-    const Share share = take_share(batch, cta, int(gridDim.x), least, place);
+    const Inverses inverses{inverse_ctas, inverse_columns, inverse_pairs, inverse_blocks};
+    const Share share = take_share(batch, inverses, cta, int(gridDim.x), least, slack, place);
     if (threadIdx.x) return;
     for (int warp = 0; warp < warps; warp++) {
         Place ahead = place;
@@ -30,9 +33,11 @@ KERNEL void schedule_probe(const int* table, const int* lengths, int* units, int
         }
     }
     for (int at = share.begin; at < share.end;) {
-        const Segment segment = segment_at(share, place, at);
+        const Segment segment = segment_at(share.size, share.end, place, at);
+        const int first = share.origin + segment.begins;
         const int row[SEGMENT_WORDS] = {cta, place.request, place.head, place.block, segment.end - at,
-                                        segment.parts, slot_of(cta, segment.first)};
+                                        segment.parts, share.slot - first,
+                                        place_of(share.slot, first, int(gridDim.x))};
         write(segments, counts + 1, SEGMENT_WORDS, row);
         at = segment.end;
         if (at < share.end) {

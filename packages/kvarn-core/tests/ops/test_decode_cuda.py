@@ -55,6 +55,8 @@ HEAD_CASES: list[Case] = [
     ("kvarn_k4v2_g128", 128, 8, 1, (3000, 27, 28)),
     ("kvarn_k4v2_g128", 128, 1, 16, (3000, 384)),
     ("kvarn_k4v2_g128", 128, 2, 20, (700,)),
+    ("kvarn_k4v4_g64", 64, 2, 12, (3000, 0, 64)),
+    ("kvarn_k2v2_g128", 256, 1, 16, (700,)),
     ("kvarn_k4v2_g128", 128, 1, 7, (257,)),
 ]
 
@@ -230,9 +232,15 @@ def test_bytes_that_are_not_written_change_no_bit() -> None:
 
 @pytest.mark.parametrize(
     "seq_lens",
-    [lengths(48, 5000, mixed=True), [n % 7 * 60 for n in range(300)], [20_000, 1, 0, 129]],
-    ids=["48-mixed", "300-short-or-padded", "long-beside-short"],
-)
+    [
+        lengths(48, 5000, mixed=True), [n % 7 * 60 for n in range(300)], [20_000, 1, 0, 129],
+        lengths(8, 9000, mixed=True), lengths(8, 9000), [150_000],
+    ],
+    ids=[
+        "48-mixed", "300-short-or-padded", "long-beside-short", "8-mixed", "8-equal",
+        "more-parts-than-lanes",
+    ],
+)  # fmt: skip
 def test_many_requests(seq_lens: list[int]) -> None:
     device = torch.device("cuda", 0)
     tables, pages = record_tables(MAIN, [max(n, 1) for n in seq_lens])

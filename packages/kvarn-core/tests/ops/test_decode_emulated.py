@@ -28,6 +28,10 @@ CASES = [
     ("kvarn_k4v2_g64", 128, 1, 5, (191, 192, 193)),
     ("kvarn_k4v2_g64", 64, 1, 16, (260, 321)),
     ("kvarn_k4v2_g64", 64, 2, 20, (200,)),
+    ("kvarn_k4v2_g64", 256, 1, 16, (100,)),
+    ("kvarn_k4v2_g128", 128, 1, 16, (27, 28, 512)),
+    ("kvarn_k2v2_g128", 128, 2, 9, (385,)),
+    ("kvarn_k4v4_g64", 128, 1, 12, (193,)),
     ("kvarn_k4v2_g128", 128, 1, 4, (1, 128, 257, 400)),
     ("kvarn_k4v2_g128", 128, 2, 8, (27, 28, 256, 384, 385)),
     ("kvarn_k4v4_g128", 128, 1, 7, (385,)),
@@ -79,11 +83,12 @@ def test_other_dtypes_of_thequery_of(dtype: torch.dtype, unit: float, emulated: 
     assert_close(lse, want_lse, tolerance=ROUNDING)
 
 
-def test_scores_that_keep_growing(emulated: Emulated) -> None:
+@pytest.mark.parametrize("ratio", [8, 16])
+def test_scores_that_keep_growing(ratio: int, emulated: Emulated) -> None:
     """Every warp meets larger and larger maxima, and rescales what it has."""
     tokens = (1560,)
     paging = stored(SMALL, tokens, 1)
-    query = 8 * query_of(paging, 8)
+    query = 8 * query_of(paging, ratio)
     out, lse = emulated.decode(paging, query, tokens)
     want, want_lse = expected(paging, query, tokens)
     assert_close(out, want, tolerance=ROUNDING)
@@ -104,16 +109,17 @@ def test_codes_with_an_exponent_give_the_same_products(name: str, emulated: Emul
 
 
 @pytest.mark.parametrize("processors", [1, 3, 7, 40])
+@pytest.mark.parametrize("ratio", [3, 16])
 def test_any_grid_and_order_agree_and_leave_the_counters_zero(
-    processors: int, emulated: Emulated
+    ratio: int, processors: int, emulated: Emulated
 ) -> None:
     tokens = (700, 0, 1, 0, 333, 64)
     paging = stored(SMALL, tokens, 2)
-    query = query_of(paging, 3)
+    query = query_of(paging, ratio)
     want, want_lse = expected(paging, query, tokens)
     emulated.processors = processors
     cuda._scratch.cache_clear()
-    nbytes = cuda.workspace_bytes(9, 6, 2, SMALL, torch.device("cpu"))
+    nbytes = cuda.workspace_bytes(9, 2 * ratio, 2, SMALL, torch.device("cpu"))
     workspace = torch.zeros(nbytes, dtype=torch.uint8)
     counters = workspace[nbytes - 4 * 9 * 2 :]
     results = []
@@ -190,3 +196,29 @@ def test_strides_are_respected(emulated: Emulated) -> None:
     assert_close(out, want, tolerance=ROUNDING)
     with pytest.raises(ValueError, match=r"^query has strides .* Pass dense heads"):
         emulated.decode(paging, fused[:, ::2], tokens)
+
+
+def test_rows_off_their_alignment_are_refused(emulated: Emulated) -> None:
+    paging = stored(SMALL, (70, 1), 2)
+    query = query_of(paging, 4)
+    behind = torch.cat([query.new_zeros(1), query.flatten()])[1:].view_as(query)
+    padded = torch.cat([query.flatten(1), query.new_zeros(2, 4)], 1)[:, :-4].unflatten(1, (8, 64))
+    for wrong in (behind, padded):
+        with pytest.raises(ValueError, match=r"^query has strides .* multiples of 16 bytes\.$"):
+            emulated.decode(paging, wrong, (70, 1))
+
+
+def test_a_request_in_more_parts_than_lanes(emulated: Emulated) -> None:
+    """Lanes weigh 64 parts at a time; 70 are left by 280 units."""
+    tokens = (SMALL.group * 270,)
+    paging = stored(SMALL, tokens, 1)
+    query = query_of(paging, 8)
+    want, want_lse = expected(paging, query, tokens)
+    emulated.processors = 30
+    results = []
+    for emulated.seed in (1, 2):
+        results.append(emulated.decode(paging, query, tokens))
+    out, lse = results[0]
+    assert_close(out, want, tolerance=ROUNDING)
+    assert_close(lse, want_lse, tolerance=ROUNDING)
+    assert_same_bits(results[1][0], out)

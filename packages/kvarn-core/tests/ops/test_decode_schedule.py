@@ -18,6 +18,7 @@ import kvarn_core
 from kvarn_core.layout import HIT_COLUMN, RING_COLUMN, SINK_COLUMN, RecordLayout
 from kvarn_core.layout_header import HEADER_NAME, layout_header
 from kvarn_core.nvrtc import Program, Variant
+from kvarn_core.ops.decode.cuda import inverses
 from kvarn_core.spec import PRESETS
 
 pytest.importorskip("ziglang", reason="builds C++ for the CPU; the package ziglang is missing")
@@ -25,8 +26,8 @@ pytestmark = pytest.mark.emulate
 
 SOURCE = Path(__file__).parent.parent / "emulator" / "schedule_probe.cu"
 SCHEDULE = Path(kvarn_core.__file__).parent / "ops" / "decode" / "schedule.cuh"
-ARGUMENTS = ("pointer",) * 5 + ("i32",) * 6
-UNIT_WORDS, SEGMENT_WORDS = 10, 7
+ARGUMENTS = ("pointer",) * 5 + ("i32",) * 7 + ("u32",) * 4
+UNIT_WORDS, SEGMENT_WORDS = 10, 8
 LAYOUTS = [
     RecordLayout(PRESETS[f"kvarn_{name}"], dim)
     for name, dim in (("k4v2_g64", 64), ("k4v2_g128", 128), ("k2v2_g64", 256))
@@ -44,12 +45,22 @@ class Batch(NamedTuple):
     blocks: int
     ctas: int
     warps: int
+    slack: int
+
+    @property
+    def pairs(self) -> int:
+        """Head blocks of a request."""
+        return self.kv_heads * self.blocks
 
 
 def _draw(layout: RecordLayout, random: np.random.Generator) -> Batch:
     """Lengths at and around multiples of the group, padded rows, hits, missing sinks."""
     group, crowded = layout.group, random.random() < 0.1
-    size = int(random.integers(33, 100) if crowded else random.integers(1, 9))
+    size = int(
+        random.integers(33, 100)
+        if crowded
+        else random.choice([1, 2, 8, 32], p=(0.2, 0.3, 0.4, 0.1))
+    )
     tiles = random.integers(0, 3 if crowded else LONGEST, size)
     edge = random.choice([0, 1, group - 1, layout.rows_per_page, group // 2], size)
     lengths = np.where(random.random(size) < 0.15, 0, tiles * group + edge).astype(np.int32)
@@ -58,22 +69,24 @@ def _draw(layout: RecordLayout, random: np.random.Generator) -> Batch:
     table[random.random(size) < 0.3, SINK_COLUMN] = 0
     table[:, HIT_COLUMN] = np.where(random.random(size) < 0.3, random.integers(0, 40, size), 0)
     heads, blocks, ctas, warps = (int(random.integers(1, n)) for n in (5, 4, 80, 6))
-    return Batch(lengths, table, heads, blocks, ctas, warps)
+    ctas = 132 if random.random() < 0.2 else ctas
+    slack = int(random.choice([0, 2, 4, 16]))
+    return Batch(lengths, table, heads, blocks, ctas, warps, slack)
 
 
 def _run(
     kernel: EmulatedKernel, layout: RecordLayout, batch: Batch
 ) -> tuple[np.ndarray, np.ndarray]:
     """Rows of units and of segments, as schedule_probe.cu writes them."""
-    pairs = batch.kv_heads * batch.blocks
-    most = len(batch.lengths) * pairs * (LONGEST + 2 + 2 * layout.ring_pages)
+    most = len(batch.lengths) * batch.pairs * (LONGEST + 2 + 2 * layout.ring_pages)
     units = np.full((2 * most, UNIT_WORDS), -1, np.int32)
-    segments = np.full((len(batch.lengths) * pairs + batch.ctas, SEGMENT_WORDS), -1, np.int32)
+    segments = np.full((len(batch.lengths) * batch.pairs + batch.ctas, SEGMENT_WORDS), -1, np.int32)
     counts = np.zeros(2, np.int32)
     arrays = (batch.table, batch.lengths, units, segments, counts)
     kernel.launch(
         (batch.ctas, 1, 1), *(x.ctypes.data for x in arrays), batch.table.shape[1],
-        len(batch.lengths), batch.kv_heads, batch.blocks, batch.warps, batch.warps,
+        len(batch.lengths), batch.kv_heads, batch.blocks, batch.warps, batch.slack,
+        batch.warps, *inverses(batch.ctas, batch.kv_heads, batch.blocks),
     )  # fmt: skip
     return units[: counts[0]], segments[: counts[1]]
 
@@ -130,31 +143,66 @@ def _check(layout: RecordLayout, batch: Batch, units: np.ndarray, segments: np.n
     got = np.stack([each[:, 3], each[:, 4], each[:, 2], each[:, 6] // batch.kv_heads, row], 1)
     assert np.array_equal(_sorted(got), _sorted(_for_every_pair(rows, batch)))
 
-    # equal shares, the last one smaller; inside a share, warps differ by one unit at most
-    size = max(batch.warps, -(-len(units) // batch.ctas))
-    shares = np.bincount(cta, minlength=batch.ctas)
-    full = len(units) // size
-    want = [size] * full + [len(units) - full * size]
-    assert shares.tolist() == (want + [0] * batch.ctas)[: batch.ctas]
+    # warps of a share differ by one unit at most
     by_warp = np.bincount(cta * batch.warps + warp, minlength=batch.ctas * batch.warps)
     by_warp = by_warp.reshape(batch.ctas, batch.warps)
     assert (by_warp.max(1) - by_warp.min(1) <= 1).all()
+    shares = np.bincount(cta, minlength=batch.ctas)
+    units_of = np.bincount(request, minlength=len(batch.lengths)) // batch.pairs
+    want, in_columns = _shares(batch, units_of)
+    assert shares.tolist() == want
 
     # segments: parts are counted right, CTAs follow one another, slots are where they are read
-    owner, request, head, block, units_of, parts, slot = segments.T
+    owner, request, head, block, units_of, parts, part, slot = segments.T
     assert units_of.sum() == len(units)
     key = (request * batch.kv_heads + head) * batch.blocks + block
-    order = np.lexsort((owner, key))
+    order = np.lexsort((part, key))
     _, start, number = np.unique(key[order], return_index=True, return_counts=True)
-    assert len(number) == (batch.lengths > 0).sum() * batch.kv_heads * batch.blocks
+    assert len(number) == (batch.lengths > 0).sum() * batch.pairs
     assert np.array_equal(parts[order], number.repeat(number))
-    part = np.arange(len(order)) - start.repeat(number)
+    assert np.array_equal(part[order], np.arange(len(order)) - start.repeat(number))
+    zeroth = slot[order][start].repeat(number) - batch.ctas
+    behind = part[order] > 0
+    assert np.array_equal(slot[order][behind], (zeroth + part[order])[behind])
+    step = batch.pairs if in_columns else 1
     begin = owner[order][start].repeat(number)
-    assert np.array_equal(owner[order], begin + part)
-    assert np.array_equal(slot[order], 2 * owner[order] + (part == 0))
+    assert np.array_equal(owner[order], begin + step * part[order])
     used = slot[parts > 1]
     assert len(set(used.tolist())) == len(used)
+    assert (used >= 0).all()
     assert (used < 2 * batch.ctas).all()
+    if in_columns:  # one head block for a CTA
+        assert len(set(owner.tolist())) == len(owner)
+
+
+def _shares(batch: Batch, units: np.ndarray) -> tuple[list[int], bool]:
+    """Units of each CTA, and whether it is in a column. `units` are those of one head block."""
+    total = int(units.sum()) * batch.pairs
+    line = max(batch.warps, -(-total // batch.ctas))
+    columns = _columns(batch, units, line)
+    if columns is None:
+        full, rest = divmod(total, line)
+        return ([line] * full + [rest] + [0] * batch.ctas)[: batch.ctas], False
+    size, needed = columns
+    shares = []
+    for n, many in zip(units.tolist(), needed.tolist(), strict=True):
+        for i in range(many):
+            shares += [min(size, n - i * size)] * batch.pairs
+    return shares + [0] * (batch.ctas - len(shares)), True
+
+
+def _columns(batch: Batch, units: np.ndarray, line: int) -> tuple[int, np.ndarray] | None:
+    """Share and columns of each request, if 32 requests or fewer fit in the columns."""
+    there, most = batch.ctas // batch.pairs, line + line * batch.slack // 16
+    if len(units) > 32 or not there:
+        return None
+    least = max(batch.warps, -(-int(units.sum()) // there))
+    step = max(most - least, 0) // 32 + 1 if len(units) > 1 else 1
+    for size in range(least, min(most, least + 31 * step) + 1, step):
+        needed = -(-units // size)
+        if needed.sum() <= there:
+            return size, needed
+    return None
 
 
 @pytest.mark.parametrize("layout", LAYOUTS, ids=lambda x: f"{x.preset.name[6:]}-d{x.head_dim}")

@@ -39,9 +39,11 @@ template <int BITS> DEVICE u32 field(u32 word, int f) {
 #endif
 }
 
-// c[row blocks of a part] += codes[part, two k-steps from 2 pair on] * b, b in fragment order
-template <class O, int BITS>
-DEVICE void multiply_codes(float (&c)[O::FIELD_ROWS][4], u32 codes, int pair, const u32 (&b)[2][2]) {
+// c[row blocks of a part, tiles of 8 columns] += codes[part, two k-steps from 2 pair on] * b, b in
+// fragment order; codes are unpacked once for all tiles
+template <class O, int BITS, int TILES>
+DEVICE void multiply_codes(float (&c)[O::FIELD_ROWS][TILES][4], u32 codes, int pair,
+                           const u32 (&b)[TILES][2][2]) {
 #pragma unroll
     for (int i = 0; i < 2 / O::FIELD_COLUMNS; i++) {
         const int chunk = pair * (2 / O::FIELD_COLUMNS) + i;
@@ -49,8 +51,11 @@ DEVICE void multiply_codes(float (&c)[O::FIELD_ROWS][4], u32 codes, int pair, co
 #pragma unroll
         for (int f = 0; f < O::FIELDS; f++) {
             const int step = i * O::FIELD_COLUMNS + f / O::FIELD_ROWS;
-            mma(c[f % O::FIELD_ROWS], field<BITS>(a.x, f), field<BITS>(a.y, f), field<BITS>(a.z, f),
-                field<BITS>(a.w, f), b[step][0], b[step][1]);
+            const u32 x = field<BITS>(a.x, f), y = field<BITS>(a.y, f), z = field<BITS>(a.z, f),
+                      w = field<BITS>(a.w, f);
+#pragma unroll
+            for (int n = 0; n < TILES; n++)
+                mma(c[f % O::FIELD_ROWS][n], x, y, z, w, b[n][step][0], b[n][step][1]);
         }
     }
 }

@@ -53,11 +53,40 @@ DEVICE void store_shared4(u32 a, uint4 v) {
 DEVICE float as_float(u32 bits) { return __uint_as_float(bits); }
 DEVICE u32 as_bits(float x) { return __float_as_uint(x); }
 
+DEVICE uint2 load_global2(const void* p) {  // here and now: compilers move other loads to their use
+    uint2 v;
+    asm volatile("ld.global.v2.u32 {%0,%1}, [%2];" : "=r"(v.x), "=r"(v.y) : "l"(p) : "memory");
+    return v;
+}
+DEVICE uint4 load_global4(const void* p) {
+    uint4 v;
+    asm volatile("ld.global.v4.u32 {%0,%1,%2,%3}, [%4];"
+                 : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "l"(p) : "memory");
+    return v;
+}
+
 // Adds 1 and returns the old value; orders memory of all threads of the GPU that take part.
 DEVICE u32 arrive_global(u32* p) {
     u32 old;
     asm volatile("atom.add.acq_rel.gpu.global.u32 %0, [%1], 1;" : "=r"(old) : "l"(p) : "memory");
     return old;
+}
+
+// Read where they are written: for uses so late that the value should not wait in a register.
+DEVICE int late_block() {
+    int i;
+    asm volatile("mov.u32 %0, %%ctaid.x;" : "=r"(i));
+    return i;
+}
+DEVICE int late_grid() {
+    int n;
+    asm volatile("mov.u32 %0, %%nctaid.x;" : "=r"(n));
+    return n;
+}
+DEVICE int late_lane() {
+    int i;
+    asm volatile("mov.u32 %0, %%laneid;" : "=r"(i));
+    return i;
 }
 
 // --- bulk copies and their barriers --------------------------------------------------------------

@@ -32,7 +32,8 @@ def decode(
     ----------
     query : Tensor [B, Hq, D], fp16, bf16 or fp32
         Query of the newest token after RoPE, unrotated; any stride between requests. Hq is a
-        multiple of Hkv; query head i reads KV head ``i // (Hq / Hkv)``.
+        multiple of Hkv; query head i reads KV head ``i // (Hq / Hkv)``. The cuda engine wants dense
+        heads, an address and a stride that are multiples of 16 bytes, and the same of `out`.
     cache : Tensor [P, Hkv, layout.record_bytes], uint8
         Pages, the newest token's row included. Read only.
     page_table : Tensor [B, max_pages], int32
@@ -64,7 +65,8 @@ def decode(
     Raises
     ------
     ValueError
-        If a shape disagrees with `layout` or with `cache`, or `workspace` is too small.
+        If a shape disagrees with `layout` or with `cache`, `workspace` is too small, or rows of
+        `query` or `out` lie where the cuda engine cannot read or write them.
 
     Notes
     -----

@@ -1,15 +1,18 @@
 // One warp, one unit: scores, probabilities and sums of a record or of exact rows.
 //
 // Codes go into the tensor cores as they are (codes.cuh): the scales of K are folded into the query,
-// those of V into the probabilities, zeros enter as the start of the accumulators. Three rolled
-// loops over pairs of k-steps; the state of a warp stays in registers from unit to unit.
+// those of V into the probabilities, the zeros of V enter as the start of the accumulators. Two rolled
+// loops over pairs of k-steps; the state of a warp stays in registers from unit to unit. With 16 heads
+// the mma has two tiles of columns; codes are read and unpacked once for both.
 #pragma once
 #include "codes.cuh"
 #include "device.cuh"
 #include "layout.cuh"
 #include "schedule.cuh"
 
+constexpr int TILES = HEADS / 8;   // of heads: 8 are the N of the mma
 constexpr int STEPS = D / 16;      // k-steps of the query
+constexpr int QUERY_BYTES = STEPS * 256, STRIP_BYTES = G * 16;  // of a tile
 constexpr int EXACT_BLOCKS = (ROWS_PER_PAGE + 15) / 16;
 constexpr float LOWEST = -1e30f;
 constexpr float HEADROOM = 8.0f;   // log2; probabilities stay below 2^8
@@ -17,21 +20,25 @@ static_assert(EXACT_BLOCKS <= G / 16 && RECORD_BYTES % 128 == 0);
 
 DEVICE float minus_infinity() { return as_float(0xff800000u); }
 
-// C fragments: lane (g, t) has channels or tokens g and g + 8 of heads 2t and 2t + 1.
+// C fragments: lane (g, t) has channels or tokens g and g + 8 of heads 2t and 2t + 1 of each tile.
 struct State {
-    float out[D / 16][4];  // in units of unit_of<V_BITS>(block) per channel block
-    float top[2], sum[2];  // log2 maximum (of all lanes), sum of probabilities (of this lane)
+    float out[D / 16][TILES][4];         // in units of unit_of<V_BITS>(block) per channel block
+    float top[TILES][2], sum[TILES][2];  // log2 maximum (of all lanes), sum of probabilities (of this)
 };
 
+template <int BLOCKS> DEVICE void clear(float (&c)[BLOCKS][TILES][4]) {
+#pragma unroll
+    for (int i = 0; i < BLOCKS; i++)
+#pragma unroll
+        for (int j = 0; j < 4 * TILES; j++) c[i][j / 4][j % 4] = 0.0f;
+}
+
 DEVICE void clear(State& s) {
+    clear(s.out);
 #pragma unroll
-    for (int i = 0; i < D / 16; i++)
-#pragma unroll
-        for (int j = 0; j < 4; j++) s.out[i][j] = 0.0f;
-#pragma unroll
-    for (int e = 0; e < 2; e++) {
-        s.top[e] = LOWEST;
-        s.sum[e] = 0.0f;
+    for (int e = 0; e < 2 * TILES; e++) {
+        s.top[e / 2][e % 2] = LOWEST;
+        s.sum[e / 2][e % 2] = 0.0f;
     }
 }
 
@@ -48,26 +55,34 @@ DEVICE float sum_of_rows(float x) {
 }
 
 // Makes room for scores [16 BLOCKS tokens, 2 heads]: rescales only when a maximum grows by much.
-template <int BLOCKS> DEVICE void raise_top(State& s, const float (&scores)[BLOCKS][4]) {
-    float top[2] = {s.top[0], s.top[1]};
+template <int BLOCKS> DEVICE void raise_top(State& s, const float (&scores)[BLOCKS][TILES][4]) {
+    float top[TILES][2];
+    bool grown = false;
 #pragma unroll
-    for (int i = 0; i < BLOCKS; i++)
+    for (int n = 0; n < TILES; n++)
 #pragma unroll
-        for (int e = 0; e < 2; e++) top[e] = fmaxf(top[e], fmaxf(scores[i][e], scores[i][2 + e]));
-    top[0] = max_of_rows(top[0]);
-    top[1] = max_of_rows(top[1]);
-    const bool grown = (top[0] > s.top[0] + HEADROOM) | (top[1] > s.top[1] + HEADROOM);
+        for (int e = 0; e < 2; e++) {
+            top[n][e] = s.top[n][e];
+#pragma unroll
+            for (int i = 0; i < BLOCKS; i++)
+                top[n][e] = fmaxf(top[n][e], fmaxf(scores[i][n][e], scores[i][n][2 + e]));
+            top[n][e] = max_of_rows(top[n][e]);
+            grown |= top[n][e] > s.top[n][e] + HEADROOM;
+        }
     if (!__any_sync(ALL_LANES, grown)) return;
-    const float factor[2] = {exp2_approx(s.top[0] - top[0]), exp2_approx(s.top[1] - top[1])};
 #pragma unroll
-    for (int e = 0; e < 2; e++) {
-        s.top[e] = top[e];
-        s.sum[e] *= factor[e];
-    }
+    for (int n = 0; n < TILES; n++)
 #pragma unroll
-    for (int i = 0; i < D / 16; i++)
+        for (int e = 0; e < 2; e++) {
+            const float factor = exp2_approx(s.top[n][e] - top[n][e]);
+            s.top[n][e] = top[n][e];
+            s.sum[n][e] *= factor;
 #pragma unroll
-        for (int j = 0; j < 4; j++) s.out[i][j] *= factor[j % 2];
+            for (int i = 0; i < D / 16; i++) {
+                s.out[i][n][e] *= factor;
+                s.out[i][n][2 + e] *= factor;
+            }
+        }
 }
 
 // --- where things are for a warp -------------------------------------------------------------------------
@@ -94,30 +109,32 @@ DEVICE void fetch_rows(const Slot& slot, const Unit& unit) {
 
 // --- a record ------------------------------------------------------------------------------------------
 
+// Step pair of the query of a tile, as operand B.
+DEVICE uint4 query_of(const Slot& slot, int tile, int pair) {
+    return load_shared4(slot.query + tile * QUERY_BYTES + pair * 512 + threadIdx.x % 32 * 16);
+}
+
 // scores[G, heads] = t * (codes @ (q * a) + q @ zero); `hidden` leading tokens get minus infinity
-DEVICE void score_record(const Slot& slot, int hidden, float (&scores)[G / 16][4]) {
+DEVICE void score_record(const Slot& slot, int hidden, float (&scores)[G / 16][TILES][4]) {
     using Keys = Operand<G, D, K_BITS>;
     const int lane = threadIdx.x % 32, row = lane / 4, column = lane % 4;
-    float zero[4] = {0.0f, 0.0f, 0.0f, 0.0f};
+    float zero[1][TILES][4], part[Keys::PARTS][Keys::FIELD_ROWS][TILES][4];
+    clear(zero);
+#pragma unroll
+    for (int i = 0; i < Keys::PARTS; i++) clear(part[i]);
 #pragma unroll 1
     for (int pair = 0; pair < STEPS / 2; pair++) {
-        const uint4 q = load_shared4(slot.query + pair * 512 + lane * 16);
-        const uint4 z = load_shared4(slot.data + K_ZERO + pair * 64 + column * 16);
-        mma(zero, z.x, z.x, z.y, z.y, q.x, q.y);  // every row of A alike: C holds the sum everywhere
-        mma(zero, z.z, z.z, z.w, z.w, q.z, q.w);
-    }
-    float part[Keys::PARTS][Keys::FIELD_ROWS][4];
-#pragma unroll
-    for (int i = 0; i < G / 16; i++)
-#pragma unroll
-        for (int j = 0; j < 4; j++)
-            part[i / Keys::FIELD_ROWS][i % Keys::FIELD_ROWS][j] = zero[j % 2] * unit_of<K_BITS>(i);
-#pragma unroll 1
-    for (int pair = 0; pair < STEPS / 2; pair++) {
-        const uint4 q = load_shared4(slot.query + pair * 512 + lane * 16);
         const uint4 a = load_shared4(slot.data + K_SCALE + pair * 64 + column * 16);
-        const u32 scaled[2][2] = {{mul_half2(q.x, a.x), mul_half2(q.y, a.y)},
-                                  {mul_half2(q.z, a.z), mul_half2(q.w, a.w)}};
+        const uint4 z = load_shared4(slot.data + K_ZERO + pair * 64 + column * 16);
+        u32 scaled[TILES][2][2];
+#pragma unroll
+        for (int n = 0; n < TILES; n++) {
+            const uint4 q = query_of(slot, n, pair);
+            scaled[n][0][0] = mul_half2(q.x, a.x), scaled[n][0][1] = mul_half2(q.y, a.y);
+            scaled[n][1][0] = mul_half2(q.z, a.z), scaled[n][1][1] = mul_half2(q.w, a.w);
+            mma(zero[0][n], z.x, z.x, z.y, z.y, q.x, q.y);  // rows of A alike: C holds the sum everywhere
+            mma(zero[0][n], z.z, z.z, z.w, z.w, q.z, q.w);
+        }
 #pragma unroll
         for (int i = 0; i < Keys::PARTS; i++)
             multiply_codes<Keys, K_BITS>(part[i], slot.data + K_CODES + i * Keys::CHUNKS * 512, pair,
@@ -131,15 +148,19 @@ DEVICE void score_record(const Slot& slot, int hidden, float (&scores)[G / 16][4
         for (int i = 0; i < 4; i++) {
             const int block = 4 * j + i;
             const float unit = 1.0f / unit_of<K_BITS>(block);
-            const float low = low_half(pairs[i]) * unit, high = high_half(pairs[i]) * unit;
-            const float(&from)[4] = part[block / Keys::FIELD_ROWS][block % Keys::FIELD_ROWS];
+            const float low = low_half(pairs[i]), high = high_half(pairs[i]);
 #pragma unroll
-            for (int e = 0; e < 2; e++) {
-                scores[block][e] = from[e] * low;
-                scores[block][2 + e] = from[2 + e] * high;
-                if (16 * block < SINK_ROWS) {
-                    if (16 * block + row < hidden) scores[block][e] = minus_infinity();
-                    if (16 * block + 8 + row < hidden) scores[block][2 + e] = minus_infinity();
+            for (int n = 0; n < TILES; n++) {
+                const float(&from)[4] = part[block / Keys::FIELD_ROWS][block % Keys::FIELD_ROWS][n];
+                float(&to)[4] = scores[block][n];
+#pragma unroll
+                for (int e = 0; e < 2; e++) {
+                    to[e] = fmaf(from[e], unit, zero[0][n][e]) * low;
+                    to[2 + e] = fmaf(from[2 + e], unit, zero[0][n][e]) * high;
+                    if (16 * block < SINK_ROWS) {
+                        if (16 * block + row < hidden) to[e] = minus_infinity();
+                        if (16 * block + 8 + row < hidden) to[2 + e] = minus_infinity();
+                    }
                 }
             }
         }
@@ -147,10 +168,10 @@ DEVICE void score_record(const Slot& slot, int hidden, float (&scores)[G / 16][4
 }
 
 // out[D, heads] += c * (codes @ (p * u) + p @ zero)
-DEVICE void add_record(const Slot& slot, const float (&scores)[G / 16][4], State& s) {
+DEVICE void add_record(const Slot& slot, const float (&scores)[G / 16][TILES][4], State& s) {
     using Values = Operand<D, G, V_BITS>;
     const int lane = threadIdx.x % 32, row = lane / 4;
-    float zero[2] = {0.0f, 0.0f};
+    float zero[TILES][2] = {};
 #pragma unroll
     for (int j = 0; j < G / 64; j++) {
         const uint4 u = load_shared4(slot.data + V_SCALE + j * 128 + row * 16);
@@ -159,37 +180,47 @@ DEVICE void add_record(const Slot& slot, const float (&scores)[G / 16][4], State
 #pragma unroll
         for (int i = 0; i < 4; i++) {
             const int block = 4 * j + i;
-            float p[4];
-#pragma unroll
-            for (int e = 0; e < 4; e++) p[e] = exp2_approx(scores[block][e] - s.top[e % 2]);
             const float z_low = low_half(zs[i]), z_high = high_half(zs[i]);
             const float u_low = low_half(us[i]), u_high = high_half(us[i]);
 #pragma unroll
-            for (int e = 0; e < 2; e++) {
-                s.sum[e] += p[e];
-                s.sum[e] += p[2 + e];
-                zero[e] = fmaf(p[e], z_low, zero[e]);
-                zero[e] = fmaf(p[2 + e], z_high, zero[e]);
+            for (int n = 0; n < TILES; n++) {
+                float p[4];
+#pragma unroll
+                for (int e = 0; e < 4; e++) p[e] = exp2_approx(scores[block][n][e] - s.top[n][e % 2]);
+#pragma unroll
+                for (int e = 0; e < 2; e++) {
+                    s.sum[n][e] += p[e];
+                    s.sum[n][e] += p[2 + e];
+                    zero[n][e] = fmaf(p[e], z_low, zero[n][e]);
+                    zero[n][e] = fmaf(p[2 + e], z_high, zero[n][e]);
+                }
+                const uint2 b = {transpose(pack_halves(p[0] * u_low, p[1] * u_low)),
+                                 transpose(pack_halves(p[2] * u_high, p[3] * u_high))};
+                const u32 strip = slot.strip + n * STRIP_BYTES;
+                store_shared2(strip + block / 2 * 512 + lane * 16 + block % 2 * 8, b);
             }
-            const uint2 b = {transpose(pack_halves(p[0] * u_low, p[1] * u_low)),
-                             transpose(pack_halves(p[2] * u_high, p[3] * u_high))};
-            store_shared2(slot.strip + block / 2 * 512 + lane * 16 + block % 2 * 8, b);
         }
     }
-    zero[0] = sum_of_rows(zero[0]);
-    zero[1] = sum_of_rows(zero[1]);
+#pragma unroll
+    for (int e = 0; e < 2 * TILES; e++) zero[e / 2][e % 2] = sum_of_rows(zero[e / 2][e % 2]);
 #pragma unroll
     for (int part = 0; part < Values::PARTS; part++) {
-        float sums[Values::FIELD_ROWS][4];
+        float sums[Values::FIELD_ROWS][TILES][4];
 #pragma unroll
         for (int i = 0; i < Values::FIELD_ROWS; i++)
 #pragma unroll
-            for (int j = 0; j < 4; j++) sums[i][j] = zero[j % 2] * unit_of<V_BITS>(i);
+            for (int j = 0; j < 4 * TILES; j++)
+                sums[i][j / 4][j % 4] = zero[j / 4][j % 2] * unit_of<V_BITS>(i);
         const u32 codes = slot.data + V_CODES + part * Values::CHUNKS * 512;
 #pragma unroll 1
         for (int pair = 0; pair < G / 32; pair++) {
-            const uint4 p = load_shared4(slot.strip + pair * 512 + lane * 16);  // of this lane itself
-            const u32 b[2][2] = {{p.x, p.y}, {p.z, p.w}};
+            u32 b[TILES][2][2];
+#pragma unroll
+            for (int n = 0; n < TILES; n++) {  // what this lane itself has stored
+                const uint4 p = load_shared4(slot.strip + n * STRIP_BYTES + pair * 512 + lane * 16);
+                b[n][0][0] = p.x, b[n][0][1] = p.y;
+                b[n][1][0] = p.z, b[n][1][1] = p.w;
+            }
             multiply_codes<Values, V_BITS>(sums, codes, pair, b);
         }
 #pragma unroll
@@ -201,9 +232,9 @@ DEVICE void add_record(const Slot& slot, const float (&scores)[G / 16][4], State
             for (int i = 0; i < 4; i++) {
                 const float low = low_half(cs[i]), high = high_half(cs[i]);
 #pragma unroll
-                for (int e = 0; e < 4; e++) {
-                    float& out = s.out[4 * at + i][e];
-                    out = fmaf(e < 2 ? low : high, sums[4 * j + i][e], out);
+                for (int e = 0; e < 4 * TILES; e++) {
+                    float& out = s.out[4 * at + i][e / 4][e % 4];
+                    out = fmaf(e % 4 < 2 ? low : high, sums[4 * j + i][e / 4][e % 4], out);
                 }
             }
         }
@@ -218,58 +249,66 @@ DEVICE u32 piece_address(const Slot& slot, const Unit& unit, int row, int piece)
     return slot.data + row * ROW_BYTES + (piece ^ ((unit.first + row) & 7)) * 16;
 }
 
-DEVICE void score_rows(const Slot& slot, const Unit& unit, float (&scores)[EXACT_BLOCKS][4]) {
+DEVICE void score_rows(const Slot& slot, const Unit& unit, float (&scores)[EXACT_BLOCKS][TILES][4]) {
     const int lane = threadIdx.x % 32, row = lane % 16;
-#pragma unroll
-    for (int i = 0; i < EXACT_BLOCKS; i++)
-#pragma unroll
-        for (int j = 0; j < 4; j++) scores[i][j] = 0.0f;
+    clear(scores);
 #pragma unroll 1
     for (int pair = 0; pair < STEPS / 2; pair++) {
-        const uint4 q = load_shared4(slot.query + pair * 512 + lane * 16);
+        uint4 q[TILES];
+#pragma unroll
+        for (int n = 0; n < TILES; n++) q[n] = query_of(slot, n, pair);
 #pragma unroll
         for (int i = 0; i < EXACT_BLOCKS; i++)
 #pragma unroll
             for (int step = 0; step < 2; step++) {
                 const int piece = 4 * pair + 2 * step + lane / 16;
                 const uint4 a = load_matrix4(piece_address(slot, unit, 16 * i + row, piece));
-                mma(scores[i], a.x, a.y, a.z, a.w, step ? q.z : q.x, step ? q.w : q.y);
+#pragma unroll
+                for (int n = 0; n < TILES; n++)
+                    mma(scores[i][n], a.x, a.y, a.z, a.w, step ? q[n].z : q[n].x,
+                        step ? q[n].w : q[n].y);
             }
     }
 #pragma unroll
     for (int i = 0; i < EXACT_BLOCKS; i++)
 #pragma unroll
-        for (int j = 0; j < 4; j++)
-            if (16 * i + 8 * (j / 2) + lane / 4 >= unit.count) scores[i][j] = minus_infinity();
+        for (int j = 0; j < 4 * TILES; j++)
+            if (16 * i + 8 * (j % 4 / 2) + lane / 4 >= unit.count)
+                scores[i][j / 4][j % 4] = minus_infinity();
 }
 
-DEVICE void add_rows(const Slot& slot, const Unit& unit, const float (&scores)[EXACT_BLOCKS][4],
+DEVICE void add_rows(const Slot& slot, const Unit& unit, const float (&scores)[EXACT_BLOCKS][TILES][4],
                      State& s) {
     const int lane = threadIdx.x % 32, row = lane % 8 + lane / 16 * 8, half = lane / 8 % 2;
-    u32 p[EXACT_BLOCKS][2];
+    u32 p[EXACT_BLOCKS][TILES][2];
 #pragma unroll
     for (int i = 0; i < EXACT_BLOCKS; i++)
 #pragma unroll
-        for (int r = 0; r < 2; r++) {
+        for (int j = 0; j < 2 * TILES; j++) {
+            const int n = j / 2, r = j % 2;
             float x[2];
 #pragma unroll
             for (int e = 0; e < 2; e++) {
-                x[e] = exp2_approx(scores[i][2 * r + e] - s.top[e]);
-                s.sum[e] += x[e];
+                x[e] = exp2_approx(scores[i][n][2 * r + e] - s.top[n][e]);
+                s.sum[n][e] += x[e];
             }
-            p[i][r] = transpose(pack_halves(x[0], x[1]));
+            p[i][n][r] = transpose(pack_halves(x[0], x[1]));
         }
 #pragma unroll
     for (int block = 0; block < D / 16; block++) {
-        float sums[4] = {0.0f, 0.0f, 0.0f, 0.0f};
+        float sums[1][TILES][4];
+        clear(sums);
 #pragma unroll
         for (int i = 0; i < EXACT_BLOCKS; i++) {
             const u32 at = piece_address(slot, unit, 16 * i + row, 2 * block + half) + 2 * D;
             const uint4 a = load_matrix4_transposed(at);
-            mma(sums, a.x, a.y, a.z, a.w, p[i][0], p[i][1]);
+#pragma unroll
+            for (int n = 0; n < TILES; n++) mma(sums[0][n], a.x, a.y, a.z, a.w, p[i][n][0], p[i][n][1]);
         }
 #pragma unroll
-        for (int j = 0; j < 4; j++)
-            s.out[block][j] = fmaf(sums[j], unit_of<V_BITS>(block), s.out[block][j]);
+        for (int j = 0; j < 4 * TILES; j++) {
+            float& out = s.out[block][j / 4][j % 4];
+            out = fmaf(sums[0][j / 4][j % 4], unit_of<V_BITS>(block), out);
+        }
     }
 }

@@ -25,17 +25,23 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 HERE = Path(__file__).parent
-HEADS = 8  # query heads of a head block
+HEADS, WIDE_HEADS = 8, 16  # query heads of a head block; as many as are read in one pass
 LOG2_E = 1.4426950408889634
 DTYPES = {torch.float16: ("fp16", 0), torch.bfloat16: ("bf16", 1), torch.float32: ("fp32", 2)}
-ARGUMENTS = ("pointer",) * 8 + ("f32",) + ("i32",) * 7
+ARGUMENTS = ("pointer",) * 8 + ("f32",) + ("i32",) * 10 + ("u32",) * 4
 UNITS_PER_WARP = 1  # least share of a CTA: more means fewer partials, later
+SLACK = 4  # sixteenths by which shares may grow to give every head block whole CTAs
 
 # warps of a CTA and CTAs of a processor, by head_dim and bits; what shared memory holds
 SHAPES = {
     (64, 4, 2): (4, 4), (64, 4, 4): (4, 4), (64, 2, 2): (4, 4),
     (128, 4, 2): (4, 3), (128, 4, 4): (5, 2), (128, 2, 2): (4, 3),
     (256, 4, 2): (3, 2), (256, 4, 4): (5, 1), (256, 2, 2): (4, 2),
+}  # fmt: skip
+# the same with 16 heads, which take up to 255 registers per thread; at D 256 that would not do
+WIDE_SHAPES = {
+    (64, 4, 2): (4, 2), (64, 4, 4): (4, 2), (64, 2, 2): (4, 2),
+    (128, 4, 2): (4, 2), (128, 4, 4): (4, 2), (128, 2, 2): (4, 2),
 }  # fmt: skip
 
 
@@ -47,6 +53,8 @@ class Scratch:
     ----------
     ctas : int
         CTAs of the grid.
+    heads : int
+        Query heads of a head block.
     head_dim : int
         D.
     counters : int
@@ -54,13 +62,14 @@ class Scratch:
     """
 
     ctas: int
+    heads: int
     head_dim: int
     counters: int
 
     @property
     def partial_bytes(self) -> int:
         """Two slots per CTA: outputs, maxima and sums of a head block, fp32."""
-        return 2 * self.ctas * (HEADS * self.head_dim + 2 * HEADS) * 4
+        return 2 * self.ctas * self.heads * (self.head_dim + 2) * 4
 
     @property
     def nbytes(self) -> int:
@@ -87,18 +96,29 @@ def decode(
     _check_rows("out", out)
     num_kv_heads = cache.shape[1]
     ratio = num_q_heads // num_kv_heads
+    heads = block_heads(layout, ratio)
+    blocks = -(-ratio // heads)
     scratch = _scratch(batch, num_q_heads, num_kv_heads, layout, query.device)
     if workspace is None:
         workspace = torch.zeros(scratch.nbytes, dtype=torch.uint8, device=query.device)
     partials = workspace.data_ptr()
-    kernel = _kernel(layout, query.dtype, query.device)
+    kernel = _kernel(layout, query.dtype, heads, query.device)
     kernel.launch(
         (scratch.ctas, 1, 1),
         query.data_ptr(), cache.data_ptr(), page_table.data_ptr(), seq_lens.data_ptr(),
         out.data_ptr(), lse.data_ptr(), partials, partials + scratch.partial_bytes,
         sm_scale * LOG2_E, page_table.stride(0), query.stride(0), out.stride(0), batch,
-        num_kv_heads, ratio, UNITS_PER_WARP * shape(layout)[0],
+        num_kv_heads, ratio, blocks, num_kv_heads * blocks,
+        UNITS_PER_WARP * shape(layout, heads)[0], SLACK,
+        *inverses(scratch.ctas, num_kv_heads, blocks),
     )  # fmt: skip
+
+
+@cache
+def inverses(ctas: int, num_kv_heads: int, blocks: int) -> tuple[int, ...]:
+    """What the schedule divides by, as `Inverses` in schedule.cuh wants it."""
+    pairs = num_kv_heads * blocks
+    return tuple(0xFFFFFFFF // n for n in (ctas, max(1, ctas // pairs), pairs, blocks))
 
 
 def workspace_bytes(
@@ -115,19 +135,28 @@ def has_kernels(layout: RecordLayout) -> bool:
     return torch.cuda.get_device_capability() == nvrtc.CAPABILITY
 
 
-def shape(layout: RecordLayout) -> tuple[int, int]:
+def block_heads(layout: RecordLayout, ratio: int) -> int:
+    """Heads of a head block for a GQA ratio: 16 where more than 8 can share a record."""
+    return WIDE_HEADS if ratio > HEADS and layout.head_dim in (64, 128) else HEADS
+
+
+def shape(layout: RecordLayout, heads: int = HEADS) -> tuple[int, int]:
     """Warps of a CTA, and CTAs that one processor holds at once."""
-    return SHAPES[layout.head_dim, layout.preset.key_bits, layout.preset.value_bits]
+    shapes = SHAPES if heads == HEADS else WIDE_SHAPES
+    return shapes[layout.head_dim, layout.preset.key_bits, layout.preset.value_bits]
 
 
-def shared_bytes(layout: RecordLayout) -> int:
-    """Shared memory of a CTA: records, query, outputs and states of warps, flag, barriers."""
-    warps, _ = shape(layout)
-    region = HEADS * (layout.head_dim + 4) * 4
-    return warps * (layout.record_bytes + region + HEADS * 8 + 16) + 16 * layout.head_dim + 16
+def shared_bytes(layout: RecordLayout, heads: int = HEADS) -> int:
+    """Shared memory of a CTA: records, query, outputs and states, barriers and notes of warps."""
+    warps, _ = shape(layout, heads)
+    region = heads * (layout.head_dim + 4) * 4
+    query = 2 * heads * layout.head_dim
+    return warps * (layout.record_bytes + region + heads * 8 + 48) + query
 
 
-def variant(layout: RecordLayout, dtype: torch.dtype, *, magic: bool = False) -> nvrtc.Variant:
+def variant(
+    layout: RecordLayout, dtype: torch.dtype, heads: int = HEADS, *, magic: bool = False
+) -> nvrtc.Variant:
     """The compiled form for a layout and a query dtype.
 
     Parameters
@@ -136,22 +165,24 @@ def variant(layout: RecordLayout, dtype: torch.dtype, *, magic: bool = False) ->
         Byte layout of the preset.
     dtype : torch.dtype
         Of query and output: a key of `DTYPES`.
+    heads : int
+        Of a head block; see `block_heads`.
     magic : bool
         Make codes with an exponent instead of as subnormals.
     """
-    warps, ctas = shape(layout)
+    warps, ctas = shape(layout, heads)
+    shared = shared_bytes(layout, heads)
     name, number = DTYPES[dtype]
     defines = {
-        "WARPS": warps, "CTAS": ctas, "QUERY": number,
-        "EXPECTED_SHARED_BYTES": shared_bytes(layout), **({"KVARN_MAGIC": 1} if magic else {}),
+        "WARPS": warps, "CTAS": ctas, "HEADS": heads, "QUERY": number,
+        "EXPECTED_SHARED_BYTES": shared, **({"KVARN_MAGIC": 1} if magic else {}),
     }  # fmt: skip
     program = nvrtc.Program(
         "decode_kernel", HERE / "decode.cu", {HEADER_NAME: layout_header(layout)}, defines
     )
-    words = ["decode", layout.preset.name[6:], f"d{layout.head_dim}", name, *["magic"] * magic]
-    return nvrtc.Variant(
-        "-".join(words), program, ARGUMENTS, warps * 32, ctas, shared_bytes(layout)
-    )
+    words = ["decode", layout.preset.name[6:], f"d{layout.head_dim}", name]
+    words += ["wide"] * (heads > HEADS) + ["magic"] * magic
+    return nvrtc.Variant("-".join(words), program, ARGUMENTS, warps * 32, ctas, shared)
 
 
 def variants() -> Iterator[nvrtc.Variant]:
@@ -160,9 +191,13 @@ def variants() -> Iterator[nvrtc.Variant]:
         for dim in HEAD_DIMS:
             for magic in (False, True):
                 yield variant(RecordLayout(preset, dim), torch.float16, magic=magic)
+        for dim in (64, 128):
+            yield variant(RecordLayout(preset, dim), torch.float16, WIDE_HEADS)
     main = RecordLayout(PRESETS["kvarn_k4v2_g128"], 128)
     for dtype in (torch.bfloat16, torch.float32):
         yield variant(main, dtype)
+    yield variant(main, torch.bfloat16, WIDE_HEADS)
+    yield variant(main, torch.float16, WIDE_HEADS, magic=True)
 
 
 @cache
@@ -188,19 +223,23 @@ def subnormals_are_exact(device: torch.device) -> bool:
 
 
 @cache
-def _kernel(layout: RecordLayout, dtype: torch.dtype, device: torch.device) -> nvrtc.Kernel:
+def _kernel(
+    layout: RecordLayout, dtype: torch.dtype, heads: int, device: torch.device
+) -> nvrtc.Kernel:
     if dtype not in DTYPES:
         raise ValueError(f"query has dtype {dtype}. Pass fp16, bf16 or fp32.")
     magic = not subnormals_are_exact(device)
-    return nvrtc.load(variant(layout, dtype, magic=magic), device)
+    return nvrtc.load(variant(layout, dtype, heads, magic=magic), device)
 
 
 @cache
 def _scratch(
     batch: int, num_q_heads: int, num_kv_heads: int, layout: RecordLayout, device: torch.device
 ) -> Scratch:
-    blocks = num_kv_heads * -(-(num_q_heads // num_kv_heads) // HEADS)
-    return Scratch(_processors(device) * shape(layout)[1], layout.head_dim, batch * blocks)
+    ratio = num_q_heads // num_kv_heads
+    heads = block_heads(layout, ratio)
+    ctas = _processors(device) * shape(layout, heads)[1]
+    return Scratch(ctas, heads, layout.head_dim, batch * num_kv_heads * -(-ratio // heads))
 
 
 @cache
@@ -209,11 +248,11 @@ def _processors(device: torch.device) -> int:
 
 
 def _check_rows(name: str, rows: torch.Tensor) -> None:
-    """Refuse what the kernel's pairs of elements would misread."""
+    """Refuse what the kernel's loads of 16 bytes would misread."""
     dense = rows.stride(2) == 1 and rows.stride(1) == rows.shape[2]
-    pair = 2 * rows.element_size()
-    if not dense or rows.stride(0) % 2 or rows.data_ptr() % pair:
+    step = rows.stride(0) * rows.element_size() if len(rows) > 1 else 0
+    if not dense or step % 16 or rows.data_ptr() % 16:
         raise ValueError(
-            f"{name} has strides {tuple(rows.stride())}. Pass dense heads, an even stride between "
-            f"requests and an address that is a multiple of {pair} bytes."
+            f"{name} has strides {tuple(rows.stride())} at address {rows.data_ptr():#x}. Pass "
+            "dense heads, an address and a stride between requests that are multiples of 16 bytes."
         )

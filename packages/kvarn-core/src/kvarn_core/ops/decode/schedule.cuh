@@ -1,21 +1,40 @@
-// Work of a decode step, cut into equal shares without reading a length on the host.
+// Work of a decode step, cut into shares without reading a length on the host.
 //
 // A unit is a record, the rows of one ring page inside the exact window, or the sink rows: about
-// the same bytes. The units of all (request, head block) pairs lie in one line; CTA i takes the
-// i-th piece of it, and warp w of the CTA every WARPS-th unit of that piece. A head block is up to
-// eight query heads of one KV head. Each warp sums the lengths for itself: a launch needs no other.
+// the same bytes. A head block is up to HEADS query heads of one KV head of one request. Warp w of a
+// CTA takes every WARPS-th unit of the CTA's share. Two ways to cut shares:
+//
+// - columns: few requests get whole CTAs, so that a CTA has one query and one merge. The grid is
+//   columns of one CTA per head block of a request, and a request gets as many columns as it needs
+//   at the least share that makes the columns suffice.
+// - the line: where columns would make shares uneven, the units of all head blocks lie in one line,
+//   and CTA i takes the i-th piece of it.
+//
+// Each warp sums the lengths for itself: a launch needs no other.
 #pragma once
 #include "device.cuh"
 #include "layout.cuh"
 
-constexpr int HEADS = 8;  // query heads of a head block: the N of the mma
+// Division of numbers below 2^31 by one whose inverse is known early: 0xffffffff / by.
+struct Divisor {
+    u32 by, inverse;
+    DEVICE int floor(int x) const {
+        const u32 q = u32(u64(u32(x)) * inverse >> 32);  // right, or one too small
+        return int(q + (u32(x) - q * by >= by));
+    }
+    DEVICE int ceil(int x) const { return floor(x + int(by) - 1); }
+};
+DEVICE Divisor divisor(int n) { return {u32(n), 0xffffffffu / u32(n)}; }
 
 struct Batch {
     const int* table;
     const int* lengths;
     u64 table_stride;
-    int requests, kv_heads, blocks;  // head blocks of a KV head
-    DEVICE int pairs() const { return kv_heads * blocks; }  // with one request
+    int requests, kv_heads, blocks, pairs;  // head blocks of a KV head; of a request
+};
+
+struct Inverses {  // of numbers that the launcher knows; there are max(1, ctas / pairs) columns
+    u32 ctas, columns, pairs, blocks;
 };
 
 struct Row {  // what a request reads
@@ -40,8 +59,9 @@ struct Place {  // unit `index` of head block `block` of KV head `head` of reque
     Row row;
 };
 
-struct Share {
-    int begin, end, size;  // of the line; size is that of every CTA but the last
+struct Share {  // units [begin, end) of the line, or of the head block in columns
+    int begin, end, size;  // size is that of every share but the last
+    int slot, origin;      // slots of parts: of this share, of the one that begins at unit 0
 };
 
 DEVICE Ring ring_of(const Row& row) {
@@ -51,15 +71,13 @@ DEVICE Ring ring_of(const Row& row) {
 
 DEVICE Row read_row(const Batch& batch, int request) {
     const int* columns = batch.table + u64(request) * batch.table_stride;
-    const int length = batch.lengths[request], hits = columns[HIT_COLUMN];
-    Row row{length, 0, columns[SINK_COLUMN], 0};
-    if (length <= 0) return row;
+    const int length = max(0, batch.lengths[request]), hits = columns[HIT_COLUMN];
     // a server may warm up with made-up tables: hits beyond the request would leave its row
-    const int last = (length - 1) / G;
-    row.packed = max(max(last - 1, min(hits, last)), 0);
+    const int last = (length - 1) / G, packed = max(max(last - 1, min(hits, last)), 0);
+    Row row{length, packed, columns[SINK_COLUMN], 0};
     const Ring ring = ring_of(row);
-    row.sink = row.packed > 0 ? row.sink : 0;
-    row.units = row.packed + ring.pages() + ring.wrapped_pages() + (row.sink != 0);
+    row.sink = packed > 0 ? row.sink : 0;
+    row.units = length ? packed + ring.pages() + ring.wrapped_pages() + (row.sink != 0) : 0;
     return row;
 }
 
@@ -102,30 +120,99 @@ DEVICE int scan(int x) {
     return x;
 }
 
-// The share of a CTA and the place where it begins; whole warps call it. Past the end of the line
-// the share is empty and the place is not set.
-DEVICE Share take_share(const Batch& batch, int cta, int ctas, int least, Place& at) {
-    const int lane = threadIdx.x % 32, requests = batch.requests, pairs = batch.pairs();
-    const int per_lane = (requests + 31) / 32;
-    int units = 0;
+DEVICE Row row_of_lane(const Row& row, int lane) {
+    return {__shfl_sync(ALL_LANES, row.length, lane), __shfl_sync(ALL_LANES, row.packed, lane),
+            __shfl_sync(ALL_LANES, row.sink, lane), __shfl_sync(ALL_LANES, row.units, lane)};
+}
+
+// The least share up to `most` at which all requests fit in the columns, and the share of a CTA then.
+// Lanes hold the rows of up to 32 requests; each tries another size. False if none does.
+DEVICE bool take_column(const Batch& batch, const Divisor& columns, int column, int least, int most,
+                        const Row& row, int units, Share& share, Place& at) {
+    const int lane = threadIdx.x % 32, requests = batch.requests;
+    const int smallest = max(least, columns.ceil(units));
+    if (smallest > most) return false;
+    int part = column, owner = 0;
+    share.size = smallest;
+    if (requests > 1) {
+        const Divisor mine = divisor(smallest + lane * ((most - smallest) / 32 + 1));
+        int needed = 0;
 #pragma unroll 4
-    for (int i = 0; i < per_lane; i++) {
-        const int request = lane * per_lane + i;
-        units += request < requests ? read_row(batch, request).units : 0;
+        for (int i = 0; i < requests; i++)
+            needed += mine.ceil(__shfl_sync(ALL_LANES, row.units, i));
+        const u32 fits = __ballot_sync(ALL_LANES, needed <= int(columns.by) && int(mine.by) <= most);
+        if (!fits) return false;
+        const int best = __ffs(int(fits)) - 1;
+        const Divisor chosen{__shfl_sync(ALL_LANES, mine.by, best),
+                             __shfl_sync(ALL_LANES, mine.inverse, best)};
+        share.size = int(chosen.by);
+        const int own = chosen.ceil(row.units), stop = scan(own);
+        const u32 behind = __ballot_sync(ALL_LANES, stop > column);
+        owner = behind ? __ffs(int(behind)) - 1 : 31;
+        part = column - __shfl_sync(ALL_LANES, stop - own, owner);
     }
-    int sum = scan(units);
-    const int total = __shfl_sync(ALL_LANES, sum, 31) * pairs;
+    at.request = owner;
+    at.row = row_of_lane(row, owner);
+    at.index = part * share.size;
+    share.slot = column;
+    share.origin = column - part;
+    share.end = column < int(columns.by) ? at.row.units : 0;
+    share.begin = min(share.end, at.index);
+    share.end = min(share.end, at.index + share.size);
+    return true;
+}
+
+// The share of a CTA and the place where it begins; whole warps call it. If the share is empty, the
+// place is not set. Shares have at least `least` units; in columns they are larger than on the line by
+// up to `slack` sixteenths.
+DEVICE Share take_share(const Batch& batch, const Inverses& inverses, int cta, int ctas, int least,
+                        int slack, Place& at) {
+    const int lane = threadIdx.x % 32, requests = batch.requests, pairs = batch.pairs;
+    const bool few = requests <= 32;
+    const int per_lane = (requests + 31) / 32;
+    const Divisor grid{u32(ctas), inverses.ctas}, by_pairs{u32(pairs), inverses.pairs},
+        by_blocks{u32(batch.blocks), inverses.blocks};
+    const Divisor columns{u32(max(1, by_pairs.floor(ctas))), inverses.columns};
+    const int column = by_pairs.floor(cta);
+    Row row{0, 0, 0, 0};
+    int units = 0;
+    if (few) {
+        if (lane < requests) row = read_row(batch, lane);
+        units = row.units;
+    } else {
+#pragma unroll 2
+        for (int i = 0; i < per_lane; i++) {
+            const int request = lane * per_lane + i;
+            units += request < requests ? read_row(batch, request).units : 0;
+        }
+    }
+    int sum = requests > 1 ? scan(units) : __shfl_sync(ALL_LANES, units, 0);
+    const int all = __shfl_sync(ALL_LANES, sum, 31), total = all * pairs;
     Share share;
-    share.size = max(least, (total + ctas - 1) / ctas);
-    share.begin = min(total, cta * share.size);
-    share.end = min(total, share.begin + share.size);
+    share.slot = cta;
+    share.origin = 0;
+    const int size = max(least, grid.ceil(total));
+    if (few && pairs <= ctas &&
+        take_column(batch, columns, column, least, size + size * slack / 16, row, all, share, at)) {
+        const int pair = cta - column * pairs;
+        at.head = by_blocks.floor(pair);
+        at.block = pair - at.head * batch.blocks;
+        share.slot += pair * int(columns.by);
+        share.origin += pair * int(columns.by);
+        return share;
+    }
+    share.size = size;
+    share.begin = min(total, cta * size);
+    share.end = min(total, share.begin + size);
     if (share.begin >= share.end) return share;
 
     // the lane whose requests hold the first unit, then the request
     int owner = __ffs(int(__ballot_sync(ALL_LANES, sum * pairs > share.begin))) - 1;
     int before = __shfl_sync(ALL_LANES, sum - units, owner);
     at.request = owner;
-    if (per_lane > 1) {
+    if (few) {
+        at.row = row_of_lane(row, owner);
+    } else {
         for (int i = 0;; i += 32) {
             const int request = owner * per_lane + i + lane;
             const bool mine = i + lane < per_lane && request < requests;
@@ -140,12 +227,12 @@ DEVICE Share take_share(const Batch& batch, int cta, int ctas, int least, Place&
             }
             before = __shfl_sync(ALL_LANES, sum, 31);
         }
+        at.row = read_row(batch, at.request);
     }
-    at.row = read_row(batch, at.request);
-    const int rest = share.begin - before * pairs, pair = rest / at.row.units;
-    at.index = rest - pair * at.row.units;
-    at.head = pair / batch.blocks;
-    at.block = pair - at.head * batch.blocks;
+    const int rest = share.begin - before * pairs, place = rest / at.row.units;
+    at.index = rest - place * at.row.units;
+    at.head = by_blocks.floor(place);
+    at.block = place - at.head * batch.blocks;
     return share;
 }
 
@@ -163,17 +250,19 @@ DEVICE void advance(const Batch& batch, Place& at, int step) {
     }
 }
 
-// Units [.., end) of the line that a CTA has of the head block at `place`, of which the CTAs first,
-// first + 1, ... have `parts` parts.
+// Units [.., end) that a CTA has of the head block at `place`. The block is left in `parts` parts, in
+// slots that follow one another from share.origin + begins on.
 struct Segment {
-    int end, first, parts;
+    int end, begins, parts;
 };
 
-DEVICE Segment segment_at(const Share& share, const Place& place, int at) {
-    const int start = at - place.index, stop = start + place.row.units, first = start / share.size;
-    return {min(share.end, stop), first, (stop - 1) / share.size - first + 1};
+DEVICE Segment segment_at(int size, int share_end, const Place& place, int at) {
+    const int start = at - place.index, stop = start + place.row.units;
+    const Divisor by = divisor(size);
+    const int begins = by.floor(start);
+    return {min(share_end, stop), begins, by.floor(stop - 1) - begins + 1};
 }
 
-// Where a CTA leaves its part: it has two slots, one for a head block that it continues and one for
-// a head block that it begins.
-DEVICE int slot_of(int cta, int first) { return 2 * cta + (cta == first); }
+// A CTA may continue a head block and begin another, so first parts have places of their own behind
+// the slots of the grid.
+DEVICE int place_of(int slot, int first, int ctas) { return slot + (slot == first ? ctas : 0); }
