@@ -140,11 +140,11 @@ def mutants(session: nox.Session) -> None:
 
 @nox.session
 def gpu_tests(session: nox.Session) -> None:
-    """Kernels and engines on one GPU."""
+    """Kernels and engines on one GPU; what takes long is in soak."""
     install_gpu(session)
-    arguments = session.posargs or ["packages"]
+    arguments = ["-m", "(gpu or kernel) and not slow", *(session.posargs or ["packages"])]
     environment = {"OMP_NUM_THREADS": "2"}  # with -n the references of many tests share the cores
-    session.run("pytest", "-m", "gpu or kernel", "--require-gpu", *arguments, env=environment)
+    session.run("pytest", "--require-gpu", *arguments, env=environment)
 
 
 @nox.session
@@ -220,9 +220,9 @@ def gate(session: nox.Session, suite: str) -> None:
 
 @nox.session
 def soak(session: nox.Session) -> None:
-    """Hours of requests that come, are cut off and preempt each other; one GPU."""
+    """The slow GPU tests: a thousand requests in a full pool, 10,000 batches, a slowed engine."""
     install_gpu(session)
-    arguments = session.posargs or ["packages/kvarn-vllm/tests/gpu/test_soak.py"]
+    arguments = session.posargs or ["packages"]
     session.run("pytest", "-m", "gpu and slow", "--require-gpu", *arguments)
 
 
