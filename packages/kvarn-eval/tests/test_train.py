@@ -159,6 +159,9 @@ def test_training_without_a_gpu_is_refused(tmp_path: Path) -> None:
     SmallModel(TINY).save(tmp_path)
     with pytest.raises(ValueError, match=r"has no training\.json"):
         examine(tmp_path, device="cpu")
+    (tmp_path / "training.json").write_text('{"families": ["recall"]}')
+    with pytest.raises(ValueError, match=r"is of an earlier version\. Train the model again"):
+        examine(tmp_path, device="cpu")
     assert CliRunner().invoke(app, ["train", "--out", str(tmp_path)]).exit_code == 1
     assert CliRunner().invoke(app, ["examine", "--model", str(tmp_path)]).exit_code == 1
 

@@ -109,7 +109,8 @@ def examine(
     Raises
     ------
     ValueError
-        If the folder has no `training.json`, or Python has too little held-out text.
+        If `training.json` is missing or of an earlier version, or Python has too little held-out
+        text.
     RuntimeError
         If `device` is missing.
     """
@@ -120,6 +121,8 @@ def examine(
     if not file.is_file():
         raise ValueError(f"{folder} has no training.json. Name the folder of a trained model.")
     log: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+    if "noise" not in log:
+        raise ValueError(f"{file} is of an earlier version. Train the model again.")
     unseen = corpus.held_out_texts(settings.texts, settings.text_tokens)
     model = SmallModel.load(folder, dtype=torch.float16, device=device)
     log["held_out_text"] = {

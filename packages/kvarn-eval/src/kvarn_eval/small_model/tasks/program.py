@@ -121,4 +121,4 @@ def _tokens(questions: int) -> tuple[int, int]:
     return 3 + prompt, 22 * sums + 15 * copies + 29 * (swaps + conditions) + 1
 
 
-PROGRAM = Family("program", _generate, _tokens, fewest=_registers, questions=32)
+PROGRAM = Family("program", _generate, _tokens, fewest=_registers, questions=24)
