@@ -91,7 +91,7 @@ class Plan:
     log_every: int = 250
     compile: bool = True
     key_noise: float = 0.5
-    value_noise: float = 0.9
+    value_noise: float = 0.7
     noise_ramp: float = 0.25
 
     @property
