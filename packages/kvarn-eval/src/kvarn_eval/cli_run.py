@@ -65,7 +65,11 @@ def run(
         names = {task.name for task in loaded.tasks}
         loaded = loaded.solving(trained(checkpoint))
         if left_out := names - {task.name for task in loaded.tasks}:
-            console.print(f"{checkpoint} was not trained on {', '.join(sorted(left_out))}.")
+            console.print(
+                f"Left out: {', '.join(sorted(left_out))}. {checkpoint} has not learnt them.",
+                markup=False,
+                soft_wrap=True,
+            )
     folder = out or Path(f"{loaded.name}-results")
     folder.mkdir(parents=True, exist_ok=True)
     setup = Setup(

@@ -1,9 +1,9 @@
 """Noise on keys and values in training, so that the model learns to live with a lossy cache.
 
 A model trained on exact rows reads them by fine margins, and a good cache costs it answers that no
-one would miss. Noise in some of the rows of a batch makes it read by wider ones. It is as large as
-what KVarN's 4-bit keys and 2-bit values do under the `large` outliers: measured there on a model
-trained without noise, 0.25 to 0.36 of the root mean square for keys and 0.54 to 0.60 for values.
+one would miss. Noise in some of the rows of a batch makes it read by wider ones. Its largest levels
+lie somewhat above what KVarN's 4-bit keys and 2-bit values do under the `large` outliers: 0.25 to
+0.36 of the root mean square for keys, 0.54 to 0.60 for values, on a model trained without noise.
 """
 
 from __future__ import annotations
