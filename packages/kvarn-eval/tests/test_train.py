@@ -75,6 +75,7 @@ def test_a_short_run_learns_and_repeats(tmp_path: Path) -> None:
     assert [row["family"] for row in log["accuracy"]] == list(FAMILIES)
     card = (tmp_path / "a" / "README.md").read_text(encoding="utf-8")
     assert all(f"- `{name}`: " in card for name in FAMILIES)
+    assert "| family | rewrites | 700 |" in card
     assert "| graph | 0.50 | 0/2 |" in card
 
 

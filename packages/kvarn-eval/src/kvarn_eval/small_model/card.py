@@ -71,7 +71,7 @@ rows, held-out tables an odd number, so no problem is in both.
 ## Accuracy
 
 Greedy, fp16, exact match of the whole answer. Questions per item: {sizes}.
-"Rewrites" is the share of rows that write a name again; columns are prompt tokens, about.
+"Rewrites" is the share of rows that write a name again; columns are tokens per prompt, at most.
 
 {accuracy}
 
@@ -109,7 +109,7 @@ def _table(header: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
 
 def _accuracy(log: dict[str, Any]) -> str:
     cells = log["accuracy"]
-    lengths = sorted({round(cell["prompt_tokens"], -2) for cell in cells})
+    lengths = sorted({cell["longest_prompt"] for cell in cells})
     rows: dict[tuple[str, float], list[str]] = {}
     for cell in cells:
         rows.setdefault((cell["family"], cell["rewrites"]), []).append(

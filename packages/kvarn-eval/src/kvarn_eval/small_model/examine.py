@@ -69,6 +69,7 @@ def _accuracy(
                 "family": family,
                 "rewrites": rewrites,
                 "questions": tasks.family(family).questions,
+                "longest_prompt": length,
                 "prompt_tokens": items[0].prompt_tokens,
                 "answer_tokens": items[0].answer_tokens,
                 "items": len(items),
