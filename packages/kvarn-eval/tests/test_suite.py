@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 from kvarn_core import PRESETS
+from kvarn_eval.small_model.tasks import FAMILIES
 from kvarn_eval.suite import FOLDER, available, command_line, load_suite
 
 if TYPE_CHECKING:
@@ -30,6 +31,18 @@ def test_every_suite_is_understood(name: str) -> None:
         assert not arm.kv_cache_dtype.startswith("kvarn") or arm.kv_cache_dtype in PRESETS
     keys = [(s.name, s.kind) for s in suite.scenarios]
     assert len(keys) == len(set(keys))
+
+
+def test_tasks_that_a_checkpoint_did_not_learn_are_left_out() -> None:
+    suite = load_suite("sensitivity")
+    assert {task.name for task in suite.tasks} == set(FAMILIES)
+    limited = {limit.quantity.rpartition(".")[2] for limit in suite.limits}
+    assert limited == {"accuracy", *FAMILIES}
+    less = suite.solving(["recall", "graph"])
+    assert [task.name for task in less.tasks] == ["recall", "graph"]
+    assert {x.quantity.rpartition(".")[2] for x in less.limits} == {"accuracy", "recall", "graph"}
+    public = load_suite("qwen3-32b-tp2")
+    assert public.solving(()).tasks == public.tasks
 
 
 def test_the_rehearsal_has_every_scenario_and_endpoint_of_the_public_suite() -> None:

@@ -13,7 +13,7 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from kvarn_eval import cli_compare
+from kvarn_eval import cli_compare, cli_model
 from kvarn_eval import report as reports
 from kvarn_eval.cli_run import run
 from kvarn_eval.schema import Run
@@ -198,68 +198,6 @@ def throughput(
 
 
 @app.command()
-def solve(
-    family: Annotated[str, typer.Argument(help="recall or arith.")],
-    model: ModelOption = SMALL_MODEL,
-    items: Annotated[int, typer.Option(min=1, help="Held-out problems.")] = 96,
-    prompt_tokens: Annotated[int, typer.Option(help="Tokens per prompt.")] = 1536,
-    questions: Annotated[int, typer.Option(help="Queries or steps per problem.")] = 32,
-    rewrites: Annotated[float, typer.Option(help="Share of rows that rewrite a name.")] = 0.9,
-    as_json: Annotated[bool, typer.Option("--json", help="Print the counts as JSON.")] = False,
-) -> None:
-    """Solve held-out problems with an exact cache, without a server; print the accuracy."""
-    import json
-
-    from kvarn_eval.small_model.evaluate import exact_match
-    from kvarn_eval.small_model.model import SmallModel
-    from kvarn_eval.small_model.tasks import FAMILIES, make_item
-
-    _check_model(model)
-    known = {name: name for name in FAMILIES}
-    if family not in known:
-        fail_usage(f"{family} is not a task family. Choose one of {', '.join(known)}.")
-    weights, right = SmallModel.load(model), 0
-    with progress_bars() as progress:
-        for seed in range(items):
-            item = make_item(
-                known[family],
-                seed,
-                prompt_tokens=prompt_tokens,
-                questions=questions,
-                rewrites=rewrites,
-            )
-            right += sum(exact_match(weights, [item]))
-            progress(f"{family}, {right} right", seed + 1, items)
-    text = f"{family}: {right} of {items} right ({100 * right / items:.1f} %)"
-    counts = {"family": family, "items": items, "right": right}
-    sys.stdout.write((json.dumps(counts) if as_json else text) + "\n")
-
-
-@app.command()
-def train(
-    out: Annotated[Path, typer.Option(help="Folder for the model.")] = SMALL_MODEL,
-    seed: Annotated[int, typer.Option(help="Seed of weights and data.")] = 0,
-    minutes: Annotated[float, typer.Option(min=0.1, help="Longest training time.")] = 12.0,
-    as_json: JsonOption = False,
-) -> None:
-    """Train the small model from scratch; needs one CUDA GPU."""
-    import json
-    import logging
-
-    from kvarn_eval.small_model.train import train as train_small_model
-
-    logging.basicConfig(level=logging.INFO, format="%(message)s")
-    try:
-        log = train_small_model(out, seed=seed, minutes=minutes)
-    except RuntimeError as error:
-        console.print(str(error), style="red", markup=False, soft_wrap=True)
-        raise typer.Exit(1) from error
-    if as_json:
-        sys.stdout.write(json.dumps(log, indent=1) + "\n")
-    console.print(f"Written: {out}", markup=False, soft_wrap=True)
-
-
-@app.command()
 def report(
     result: Annotated[Path, typer.Argument(help="result.json of an earlier run.", exists=True)],
     others: Annotated[
@@ -293,5 +231,8 @@ def report(
     raise typer.Exit(run.verdict.exit_code)
 
 
+app.command()(cli_model.solve)
+app.command()(cli_model.train)
+app.command()(cli_model.examine)
 app.command()(cli_compare.compare)
 app.command()(cli_compare.baseline)

@@ -43,6 +43,7 @@ def run(
 ) -> None:
     """Run a suite: servers one after the other, the same questions, the limits of the suite."""
     from kvarn_eval.preflight import DUMMY, PARTS, Missing, weights_sha256
+    from kvarn_eval.small_model.tasks import trained
     from kvarn_eval.suite import load_suite
     from kvarn_eval.suite_arm import Setup
     from kvarn_eval.suite_run import check_all, run_suite
@@ -60,6 +61,15 @@ def run(
     if model is None and not loaded.small_model:
         fail_usage(f"Suite {loaded.name} measures your checkpoint. Name its folder with --model.")
     checkpoint = model or SMALL_MODEL
+    if loaded.small_model:
+        names = {task.name for task in loaded.tasks}
+        loaded = loaded.solving(trained(checkpoint))
+        if left_out := names - {task.name for task in loaded.tasks}:
+            console.print(
+                f"Left out: {', '.join(sorted(left_out))}. {checkpoint} has not learnt them.",
+                markup=False,
+                soft_wrap=True,
+            )
     folder = out or Path(f"{loaded.name}-results")
     folder.mkdir(parents=True, exist_ok=True)
     setup = Setup(

@@ -103,10 +103,10 @@ class Settings:
         return 2 * PRESETS[self.cache_dtype].group
 
     def problems(self) -> list[tasks.Item]:
-        """The held-out problems, all families."""
+        """The held-out problems, all families that the model was trained on."""
         return [
             item
-            for family in tasks.FAMILIES
+            for family in tasks.trained(self.model)
             for item in tasks.held_out(
                 family,
                 self.items,
@@ -119,9 +119,10 @@ class Settings:
 
     def texts_to_score(self) -> list[Text]:
         """The texts whose log-probabilities are compared: program text, problems with answers."""
+        families = tasks.trained(self.model)
         return [
             *program_texts(self.texts, self.text_tokens),
-            *make_texts(self.texts, self.text_tokens, first_seed=95_000),
+            *make_texts(self.texts, self.text_tokens, first_seed=95_000, families=families),
         ]
 
     def options(self, cache_dtype: str) -> tuple[str, ...]:

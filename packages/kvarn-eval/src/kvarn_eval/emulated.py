@@ -54,9 +54,8 @@ def describe(arm: EmulatedArm, head_dim: int) -> Arm:
 
 def held_out(task: Task, count: int) -> list[families.Item]:
     """Items of a family as the served arms get them, `count` of them."""
-    name = next(family for family in families.FAMILIES if family == task.name)
     return families.held_out(
-        name,
+        task.name,
         count,
         min_tokens=task.prompt_tokens[0],
         max_tokens=task.prompt_tokens[1],

@@ -160,7 +160,13 @@ def program_texts(count: int, length: int) -> list[Text]:
     return [Text(name, tuple(ids), len(ids)) for name, ids in found.items()]
 
 
-def make_texts(count: int, length: int, *, first_seed: int = 50_000) -> list[Text]:
+def make_texts(
+    count: int,
+    length: int,
+    *,
+    first_seed: int = 50_000,
+    families: Sequence[str] = tasks.FAMILIES,
+) -> list[Text]:
     """Held-out problems with their answers, families in turn.
 
     Parameters
@@ -171,6 +177,8 @@ def make_texts(count: int, length: int, *, first_seed: int = 50_000) -> list[Tex
         Tokens per text, prompt and answer; texts are a few tokens shorter.
     first_seed : int
         Seed of the first problem.
+    families : sequence of str
+        Kinds of problems.
 
     Returns
     -------
@@ -178,7 +186,7 @@ def make_texts(count: int, length: int, *, first_seed: int = 50_000) -> list[Tex
     """
     texts = []
     for i in range(count):
-        family = tasks.FAMILIES[i % len(tasks.FAMILIES)]
+        family = families[i % len(families)]
         questions = min(max(length // 64, 4), tokenizer.MAX_LABEL)
         answer = tasks.question_tokens(family, questions)[1]
         item = tasks.make_item(

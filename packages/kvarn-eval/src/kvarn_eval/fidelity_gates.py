@@ -38,6 +38,7 @@ from kvarn_eval.schema import (
     measure,
 )
 from kvarn_eval.small_model.model import ModelConfig
+from kvarn_eval.small_model.tasks import trained
 from kvarn_eval.stats import interval, ratio_samples
 
 if TYPE_CHECKING:
@@ -81,11 +82,11 @@ class Settings:
     preset: Preset = DEFAULT_PRESET
     device: str = "cpu"
 
-    def texts(self) -> dict[str, list[Text]]:
-        """What is read, by the mark of its kind."""
+    def texts(self, families: Sequence[str]) -> dict[str, list[Text]]:
+        """What is read, by the mark of its kind; problems are of these families."""
         kinds = {"": program_texts(self.sequences, self.length)}
         if self.problems:
-            kinds[PROBLEMS] = make_texts(self.problems, self.length)
+            kinds[PROBLEMS] = make_texts(self.problems, self.length, families=families)
         return kinds
 
     @property
@@ -299,7 +300,7 @@ def run_fidelity(
     Run
     """
     began = time.monotonic()
-    texts = settings.texts()
+    texts = settings.texts(trained(model_folder))
     model = Model(
         name=model_folder.name, weights_sha256=weights_sha256(model_folder), dtype="float32"
     )

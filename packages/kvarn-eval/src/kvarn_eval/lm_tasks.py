@@ -108,11 +108,8 @@ def write_family(task: Task, folder: Path) -> None:
     ValueError
         If there is no such family, or its items cannot be made.
     """
-    known = {str(name): name for name in families.FAMILIES}
-    if task.name not in known:
-        raise ValueError(f"{task.name} is not a task family. Choose one of {', '.join(known)}.")
     items = families.held_out(
-        known[task.name],
+        task.name,
         task.items,
         min_tokens=task.prompt_tokens[0],
         max_tokens=task.prompt_tokens[1],

@@ -293,7 +293,7 @@ def describe_run(suite: str, suite_sha256: str, model: Model) -> dict[str, objec
         "suite_sha256": suite_sha256,
         "started": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "command": portable_command(),
-        "git": _git(),
+        "git": git_state(),
         "environment": _environment(),
         "model": model,
     }
@@ -313,7 +313,8 @@ def _output(*command: str) -> str | None:
     return done.stdout.strip() if done.returncode == 0 else None
 
 
-def _git() -> Git:
+def git_state() -> Git:
+    """Commit of the sources in use, and whether they were changed since."""
     if named := os.environ.get("KVARN_COMMIT"):
         return Git(sha=named, dirty=False)
     here = str(Path(__file__).parent)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import sys
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import Field, ValidationError, model_validator
 
@@ -19,6 +19,9 @@ if sys.version_info >= (3, 11):
     import tomllib
 else:
     import tomli as tomllib
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
 
 FOLDER = Path(__file__).parent / "suites"
 Option = str | int | float | bool
@@ -231,6 +234,17 @@ class Suite(Strict):
         kept = tuple(scenario for scenario in self.scenarios if scenario.name in names)
         limits = tuple(x for x in self.limits if x.quantity.partition(".")[0] not in dropped)
         return self.model_copy(update={"scenarios": kept, "limits": limits})
+
+    def solving(self, families: Sequence[str]) -> Suite:
+        """The suite without tasks of other families; limits on them go with them."""
+        dropped = {
+            task.name
+            for task in self.tasks
+            if task.source == "family" and task.name not in families
+        }
+        kept = tuple(task for task in self.tasks if task.name not in dropped)
+        limits = tuple(x for x in self.limits if x.quantity.rpartition(".")[2] not in dropped)
+        return self.model_copy(update={"tasks": kept, "limits": limits})
 
     def options(self, arm: str) -> dict[str, Option]:
         """Options of the server of an arm, apart from model and address."""

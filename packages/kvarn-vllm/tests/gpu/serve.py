@@ -87,9 +87,12 @@ def no_waiting(function: Any) -> Any:
 
 
 def items(count: int, first_seed: int, tokens: int = 1200) -> list[tasks.Item]:
-    families = tasks.FAMILIES
+    families = tasks.trained(MODEL)
     return [
-        tasks.make_item(families[i % 2], first_seed + i, prompt_tokens=tokens) for i in range(count)
+        tasks.make_item(
+            families[i % len(families)], first_seed + i, prompt_tokens=tokens, questions=16
+        )
+        for i in range(count)
     ]
 
 

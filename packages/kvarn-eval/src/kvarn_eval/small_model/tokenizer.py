@@ -25,12 +25,23 @@ LABELS = tuple(f"[{n}]" for n in range(1, MAX_LABEL + 1))
 KEYWORDS = ("<recall>", "<arith>")
 PUNCTUATION = "\t\n !\"#$%&'()*,./<>[\\]^_`{|}~"
 """What program text needs beyond the alphabet of the tasks."""
+LATER_KEYWORDS = ("<program>", "<graph>")
+"""At the end, so that weights trained before they existed keep their ids."""
 
-TOKENS: tuple[str, ...] = (*SPECIALS, *KEYWORDS, *DIGITS, *LETTERS, *SYMBOLS, *LABELS, *PUNCTUATION)
+TOKENS: tuple[str, ...] = (
+    *SPECIALS,
+    *KEYWORDS,
+    *DIGITS,
+    *LETTERS,
+    *SYMBOLS,
+    *LABELS,
+    *PUNCTUATION,
+    *LATER_KEYWORDS,
+)
 IDS: dict[str, int] = {token: i for i, token in enumerate(TOKENS)}
 PAD, EOS, UNK = (IDS[token] for token in SPECIALS)
 
-PATTERN = "|".join((*map(re.escape, (*SPECIALS, *KEYWORDS, *LABELS)), r"[\s\S]"))
+PATTERN = "|".join((*map(re.escape, (*SPECIALS, *KEYWORDS, *LATER_KEYWORDS, *LABELS)), r"[\s\S]"))
 
 
 def encode(text: str) -> list[int]:
