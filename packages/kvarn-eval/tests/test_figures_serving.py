@@ -119,6 +119,24 @@ def test_two_runs_complete_each_other_on_one_machine_only() -> None:
         check_one_machine([other_weights(one, "a"), other_weights(two, "b")])
 
 
+def test_quality_may_be_that_of_another_model(tmp_path: Path) -> None:
+    small = other_gpu(other_weights(make(quality("fp16", "turboquant", "kvarn")), "a"))
+    large = make(speed(*ARMS))
+    _, _, found = points([large], small)
+    assert {p.arm: (p.speed, p.quality.median) for p in found} == {
+        "fp16": (1.0, 0.98),
+        "turboquant": (0.8, 0.91),
+        "kvarn": (3.6, 0.975),
+    }
+    for name, run in (("small", small), ("large", large)):
+        run.save(tmp_path / f"{name}.json")
+    command = ["report", str(tmp_path / "large.json"), "--answers", str(tmp_path / "small.json")]
+    assert CliRunner().invoke(app, command).exit_code == 3  # no gates
+    text = (tmp_path / "pareto.svg").read_text(encoding="utf-8")
+    assert "of small, %" in text
+    assert "not in both: fp8" in text
+
+
 def test_the_report_takes_a_second_result(tmp_path: Path) -> None:
     files = {"one": make(quality("fp16", "kvarn")), "two": make(speed(*ARMS))}
     files["three"] = other_gpu(files["two"])

@@ -206,20 +206,25 @@ def report(
             "--with", help="Result of the same machine and model, for pareto.svg.", exists=True
         ),
     ] = None,
+    answers: Annotated[
+        Path | None,
+        typer.Option(help="Result of another model, whose quality pareto.svg shows.", exists=True),
+    ] = None,
     out: Annotated[Path | None, typer.Option(help="Folder; that of the result by default.")] = None,
     as_json: JsonOption = False,
 ) -> None:
     """Render an earlier result again; exits with its verdict."""
     runs = []
-    for path in (result, *(others or [])):
+    for path in (result, *(others or []), *([answers] if answers else [])):
         try:
             runs.append(Run.load(path))
         except ValueError as error:
             fail_usage(f"{path} is not a result of this version: {error}")
+    other_model = runs.pop() if answers else None
     run, folder = runs[0], out or result.parent
     folder.mkdir(parents=True, exist_ok=True)
     try:
-        files = reports.render(run, folder, runs[1:])
+        files = reports.render(run, folder, runs[1:], other_model)
     except ValueError as error:
         fail_usage(str(error))
     if as_json:

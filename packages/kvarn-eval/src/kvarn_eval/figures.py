@@ -31,7 +31,7 @@ STYLE: dict[str, Any] = {
 BASELINE = "flash-fp16"  # arm that kernel times are relative to
 
 
-def draw(run: Run, out: Path, others: Sequence[Run] = ()) -> list[Path]:
+def draw(run: Run, out: Path, others: Sequence[Run] = (), answers: Run | None = None) -> list[Path]:
     """Draw every figure that the measurements of a run allow.
 
     Parameters
@@ -42,6 +42,8 @@ def draw(run: Run, out: Path, others: Sequence[Run] = ()) -> list[Path]:
         Existing folder; files of the same name are replaced.
     others : sequence of Run
         Runs of the same machine and model that complete the figure of quality against speed.
+    answers : Run, optional
+        Run of another model that this figure takes quality from.
 
     Returns
     -------
@@ -64,7 +66,7 @@ def draw(run: Run, out: Path, others: Sequence[Run] = ()) -> list[Path]:
             figures.append(_draw_times(kernels, out))
             figures.append(_draw_bandwidth(kernels, out))
         for name, drawn in (
-            ("pareto", draw_pareto([run, *others])),
+            ("pareto", draw_pareto([run, *others], answers)),
             ("itl_context", draw_itl(run)),
         ):
             if drawn is not None:

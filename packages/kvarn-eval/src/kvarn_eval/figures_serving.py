@@ -1,6 +1,8 @@
 """Figures of served models: quality against speed, and time per token over the length of context.
 
-All arms of a figure come from one machine and one model; anything else is refused.
+All arms of a figure come from one machine and one model; anything else is refused. Quality alone
+may be that of another model, which the figure then names: random weights have speed and size, but
+no answers.
 """
 
 from __future__ import annotations
@@ -61,13 +63,15 @@ def check_one_machine(runs: Sequence[Run]) -> None:
             )
 
 
-def points(runs: Sequence[Run]) -> tuple[str, str, list[Point]]:
+def points(runs: Sequence[Run], answers: Run | None = None) -> tuple[str, str, list[Point]]:
     """What the figure of quality against speed shows.
 
     Parameters
     ----------
     runs : sequence of Run
         Of one machine and model.
+    answers : Run, optional
+        Of any machine and model, with arms of the same names; quality is taken from here alone.
 
     Returns
     -------
@@ -81,7 +85,8 @@ def points(runs: Sequence[Run]) -> tuple[str, str, list[Point]]:
         (name for run in runs for name, arm in run.arms.items()
          if arm.kv_cache_dtype == "auto" and arm.method is None), None,
     )  # fmt: skip
-    qualities = _by_arm(everything, [m.name for m in everything if is_pooled(m)])
+    asked = everything if answers is None else answers.measurements
+    qualities = _by_arm(asked, [m.name for m in asked if is_pooled(m)])
     speeds = _by_arm(everything, _speeds(everything))
     sizes = _by_arm(everything, SIZES)
     names = [next(iter(found.values())).name if found else "" for found in (qualities, speeds)]
@@ -104,9 +109,12 @@ def is_pooled(measurement: Measurement) -> bool:
     return is_accuracy(measurement) and not family_of(measurement)
 
 
-def draw_pareto(runs: Sequence[Run]) -> Any | None:
-    """Accuracy with its interval over speed, marker area by capacity; None without two arms."""
-    quality, speed, shown = points(runs)
+def draw_pareto(runs: Sequence[Run], answers: Run | None = None) -> Any | None:
+    """Accuracy with its interval over speed, marker area by capacity; None without two arms.
+
+    Parameters are those of `points`.
+    """
+    quality, speed, shown = points(runs, answers)
     if len(shown) < 2:
         return None
     figure, axes = plt.subplots(figsize=(6.4, 4.0))
@@ -123,7 +131,8 @@ def draw_pareto(runs: Sequence[Run]) -> Any | None:
     axes.margins(x=0.25, y=0.3)
     axes.set_ylim(top=min(axes.get_ylim()[1], 101))
     axes.set_xlabel(f"{label(speed)}, over the fp16 cache (marker area: tokens that fit)")
-    axes.set_ylabel(f"{label(quality)}, % (95 % interval)")
+    whose = f" of {Path(answers.model.name).name}" if answers else ""
+    axes.set_ylabel(f"{label(quality)}{whose}, % (95 % interval)")
     arms = {name for run in runs for name in run.arms}
     missing = sorted(arms - {point.arm for point in shown})
     title = "Quality and speed"

@@ -47,7 +47,9 @@ FEW_ARMS = 3  # up to here arms are columns
 MANY_NAMES = 16  # from here on too
 
 
-def render(run: Run, out: Path, others: Sequence[Run] = ()) -> list[Path]:
+def render(
+    run: Run, out: Path, others: Sequence[Run] = (), answers: Run | None = None
+) -> list[Path]:
     """Write `report.md` and the figures of a run.
 
     Parameters
@@ -56,7 +58,7 @@ def render(run: Run, out: Path, others: Sequence[Run] = ()) -> list[Path]:
         What to render.
     out : Path
         Existing folder; files of the same name are replaced.
-    others : sequence of Run
+    others, answers
         As in `figures.draw`.
 
     Returns
@@ -66,7 +68,7 @@ def render(run: Run, out: Path, others: Sequence[Run] = ()) -> list[Path]:
     """
     from kvarn_eval.figures import draw  # matplotlib, which a machine that only measures may lack
 
-    figures = draw(run, out, others)
+    figures = draw(run, out, others, answers)
     report = out / "report.md"
     report.write_text(markdown(run, [figure.name for figure in figures]), encoding="utf-8")
     return [report, *figures]
