@@ -218,7 +218,11 @@ def test_the_hook_disturbs_keys_and_values_apart() -> None:
     assert first[2] > 0.01
 
 
-def test_layers_are_compiled_once_for_every_length_and_not_for_every_step() -> None:
+@torch._dynamo.config.patch(disable=False)
+def test_layers_are_compiled_once_for_every_length_and_not_for_every_step(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.delenv("TORCHDYNAMO_DISABLE", raising=False)  # left behind by tests of engines
     torch.manual_seed(0)
     model, graphs = SmallModel(dataclasses.replace(TINY, num_hidden_layers=5)), []
 
