@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 
 from kvarn_eval.schema import Verdict
-from kvarn_eval.throughput_gates import LONG, gates, measurements
+from kvarn_eval.throughput_gates import LONG, gates, limits_of, measurements
 
 DECODE = {
     "requests": 16,
@@ -91,6 +91,22 @@ def test_short_prompts_decide_nothing() -> None:
     found = judge(figures(1.5, tokens=600), figures(tokens=600))
     assert not any(gate.required for gate in found.values())
     assert found["pool_tokens"].verdict is Verdict.FAIL
+
+
+@pytest.mark.parametrize(
+    ("gpus", "verdict"),
+    [
+        (["NVIDIA H200"], Verdict.FAIL),
+        (["NVIDIA H100 80GB HBM3"] * 2, Verdict.FAIL),
+        (["NVIDIA A100-SXM4-80GB"], Verdict.PASS),
+        ([], Verdict.PASS),
+    ],
+)
+def test_hopper_must_reach_what_its_kernels_reach(gpus: list[str], verdict: Verdict) -> None:
+    tested = figures(4.7, 1.2)
+    found = [*measurements("kvarn", tested), *measurements("fp16", figures())]
+    judged = gates({m.key: m for m in found}, speed=True, limits=limits_of(gpus))
+    assert next(gate for gate in judged if gate.name == "decode_equal").verdict is verdict
 
 
 def burst(text: str, seconds: float) -> dict[str, Any]:

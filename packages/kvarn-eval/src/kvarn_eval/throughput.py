@@ -28,7 +28,7 @@ from kvarn_eval.schema import (
     find_gpus,
 )
 from kvarn_eval.server import OFFLINE, run_child
-from kvarn_eval.throughput_gates import REFERENCE, TESTED, gates, measurements
+from kvarn_eval.throughput_gates import REFERENCE, TESTED, gates, limits_of, measurements
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -283,13 +283,15 @@ def assemble(
 ) -> Run:
     """The result of the arms measured so far."""
     measured = [m for arm, figures in found.items() for m in measurements(arm, figures)]
+    gpus = [gpu.name for gpu in find_gpus()]
+    by_key = {m.key: m for m in measured}
     return Run.model_validate(
         {
             **header,
             "seconds": round(seconds, 1),
             "arms": {arm: settings.describe(arm) for arm in found},
             "measurements": measured,
-            "gates": gates({m.key: m for m in measured}, speed=bool(find_gpus())),
+            "gates": gates(by_key, speed=bool(gpus), limits=limits_of(gpus)),
         }
     )
 

@@ -34,6 +34,15 @@ class Limits:
     startup_seconds: float = 60.0  # more than the reference, s
 
 
+HOPPER = Limits(prefill=0.99, decode_equal=1.4, decode_capacity=3.5)  # kernels in CUDA C++
+
+
+def limits_of(gpus: list[str]) -> Limits:
+    """Limits of a machine by the names of its GPUs."""
+    hopper = gpus and all("H100" in name or "H200" in name for name in gpus)
+    return HOPPER if hopper else Limits()
+
+
 def measurements(arm: str, figures: dict[str, Any]) -> list[Measurement]:
     """Measurements of one arm from the figures of its child process."""
     raw = f"arm-{arm}.json"
