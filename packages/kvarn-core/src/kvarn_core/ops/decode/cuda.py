@@ -30,7 +30,7 @@ LOG2_E = 1.4426950408889634
 DTYPES = {torch.float16: ("fp16", 0), torch.bfloat16: ("bf16", 1), torch.float32: ("fp32", 2)}
 ARGUMENTS = ("pointer",) * 8 + ("f32",) + ("i32",) * 10 + ("u32",) * 4
 UNITS_PER_WARP = 1  # least share of a CTA: more means fewer partials, later
-SLACK = 4  # sixteenths by which shares may grow to give every head block whole CTAs
+SLACK = 1  # sixteenths by which shares may grow to give every head block whole CTAs
 
 # warps of a CTA and CTAs of a processor, by head_dim and bits; what shared memory holds
 SHAPES = {
