@@ -45,9 +45,9 @@ class Emulated:
         self.cache: torch.Tensor
 
     def _kernel(
-        self, layout: RecordLayout, dtype: torch.dtype, heads: int, device: torch.device
+        self, layout: RecordLayout, dtype: torch.dtype, heads: int, device: torch.device, tail: int
     ) -> EmulatedKernel:
-        variant = self.changed(cuda.variant(layout, dtype, heads, magic=self.magic))
+        variant = self.changed(cuda.variant(layout, dtype, heads, magic=self.magic, tail=tail))
         return EmulatedKernel(variant, [self.cache], self.seed)
 
     def decode(
