@@ -162,8 +162,7 @@ DEVICE u32 look_shared(u32 a) {
 // --- bulk copies and their barriers ----------------------------------------------------------------
 
 DEVICE void barrier_init(u32 barrier, u32 arrivals) {
-    emulator::machine.at(barrier, 8, true);
-    emulator::machine.barriers[barrier] = {arrivals, arrivals};
+    emulator::machine.start_barrier(barrier, arrivals);
 }
 DEVICE void barrier_init_fence() {}
 DEVICE void barrier_expect(u32 barrier, u32 bytes) {

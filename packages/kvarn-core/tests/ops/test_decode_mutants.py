@@ -32,7 +32,7 @@ MUTANTS = [
     ("one-barrier-phase-is-skipped", "decode.cu", "parity ^= 1", "parity ^= unit.count == 0"),
     ("sums-are-not-rescaled", "attend.cuh", "s.sum[n][e] *= factor", "(void)factor"),
     ("keys-are-fetched-too-early", "decode.cu", "more && !unit.count && !next.count", "more"),
-    ("parts-share-a-slot", "schedule.cuh", "slot == first ? ctas : 0", "0 * ctas"),
+    ("parts-share-a-slot", "schedule.cuh", "slot == first ? slots_of(ctas) : 0", "0 * ctas"),
     ("columns-overlap", "schedule.cuh", "at.index + share.size)", "at.index + share.size + 1)"),
     ("wide-tiles-share-a-query", "attend.cuh", "tile * QUERY_BYTES", "0 * tile"),
     ("wide-tiles-share-a-strip", "attend.cuh", "n * STRIP_BYTES", "0 * n"),
