@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import dataclasses
-import shutil
 from typing import TYPE_CHECKING
 
 import pytest
 from emulator.build import EmulationError
-from emulator.decoding import ROUNDING, Emulated, expected, query_of, stored
+from emulator.decoding import ROUNDING, Emulated, expected, mutated, query_of, stored
 
 from kvarn_core.layout import RecordLayout
 from kvarn_core.spec import PRESETS
@@ -16,8 +14,6 @@ from kvarn_core.testing.compare import assert_close
 
 if TYPE_CHECKING:
     from pathlib import Path
-
-    from kvarn_core.nvrtc import Variant
 
 pytest.importorskip("ziglang", reason="builds C++ for the CPU; the package ziglang is missing")
 pytestmark = pytest.mark.emulate
@@ -64,18 +60,9 @@ def test_the_kernel_passes(ratio: int, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_mutant_is_found_out(
     ratio: int, name: str, text: str, other: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def mutated(variant: Variant) -> Variant:
-        source = variant.program.source
-        folder = tmp_path / "decode"
-        shutil.copytree(source.parent, folder, dirs_exist_ok=True)
-        lines = (folder / name).read_text()
-        assert text in lines
-        (folder / name).write_text(lines.replace(text, other))
-        program = dataclasses.replace(variant.program, source=folder / source.name)
-        return dataclasses.replace(variant, program=program)
-
     emulated = Emulated(monkeypatch)
-    emulated.changed = mutated
+    folder = tmp_path / "decode"
+    emulated.changed = lambda variant: mutated(variant, folder, name, text, other)
     with pytest.raises((AssertionError, EmulationError)) as found:
         _check(emulated, ratio)
     assert text not in str(found.value)  # the mutant, not the assertion above

@@ -18,7 +18,7 @@ import kvarn_core
 from kvarn_core.layout import HIT_COLUMN, RING_COLUMN, SINK_COLUMN, RecordLayout
 from kvarn_core.layout_header import HEADER_NAME, layout_header
 from kvarn_core.nvrtc import Program, Variant
-from kvarn_core.ops.decode.cuda import PIECES, inverses
+from kvarn_core.ops.decode.cuda import PIECE, PIECES, inverses
 from kvarn_core.spec import PRESETS
 
 pytest.importorskip("ziglang", reason="builds C++ for the CPU; the package ziglang is missing")
@@ -89,7 +89,9 @@ def _run(
     """Rows of units and of segments, as schedule_probe.cu writes them."""
     most = len(batch.lengths) * batch.pairs * (LONGEST + 2 + 2 * layout.ring_pages)
     units = np.full((2 * most, UNIT_WORDS), -1, np.int32)
-    segments = np.full((len(batch.lengths) * batch.pairs + batch.slots, SEGMENT_WORDS), -1, np.int32)
+    segments = np.full(
+        (len(batch.lengths) * batch.pairs + batch.slots, SEGMENT_WORDS), -1, np.int32
+    )
     counts = np.zeros(3, np.int32)
     arrays = (batch.table, batch.lengths, units, segments, counts)
     kernel.launch(
@@ -186,7 +188,7 @@ def _check(layout: RecordLayout, batch: Batch, units: np.ndarray, segments: np.n
 
 
 def _shares(batch: Batch, units: np.ndarray) -> tuple[list[int], bool]:
-    """Units of each share and piece, and whether they are columns. `units` are of one head block."""
+    """Units of each share and piece, and whether those are columns; from units of a head block."""
     total = int(units.sum()) * batch.pairs
     line = max(batch.warps, -(-total // batch.ctas))
     columns = _columns(batch, units, line)
@@ -194,7 +196,7 @@ def _shares(batch: Batch, units: np.ndarray) -> tuple[list[int], bool]:
     if columns is None and batch.tail and len(units) <= 32 and even:
         left = total - even * batch.ctas
         piece = -(-left // batch.ctas) // PIECES + 1
-        piece = batch.warps * max(2, -(-piece // batch.warps))
+        piece = batch.warps * max(PIECE, -(-piece // batch.warps))
         full, rest = divmod(left, piece)
         cut = [even] * batch.ctas + [piece] * full + [rest]
         return (cut + [0] * batch.slots)[: batch.slots], False
@@ -234,7 +236,7 @@ def test_every_unit_is_taken_once_and_no_partial_is_overwritten(
     layout: RecordLayout, tail: int
 ) -> None:
     headers = {HEADER_NAME: layout_header(layout), **HEADERS}
-    defines = {"WARPS": WARPS, "TAIL": tail}
+    defines = {"WARPS": WARPS, **({"TAIL": tail, "PIECE": PIECE} if tail else {})}
     program = Program("schedule_probe", SOURCE, headers, defines)
     kernel = EmulatedKernel(Variant("schedule", program, ARGUMENTS, 32, 1, SHARED_BYTES))
     random = np.random.default_rng(layout.record_bytes)

@@ -31,9 +31,10 @@ LOG2_E = 1.4426950408889634
 DTYPES = {torch.float16: ("fp16", 0), torch.bfloat16: ("bf16", 1), torch.float32: ("fp32", 2)}
 ARGUMENTS = ("pointer",) * 8 + ("f32",) + ("i32",) * 10 + ("u32",) * 4
 UNITS_PER_WARP = 1  # least share of a CTA: more means fewer partials, later
-# sixteenths of the line that CTAs take piece by piece, whoever is free; 0, off, until it has been timed
+# Sixteenths of the line that CTAs take piece by piece, whoever is free. Off until it is timed.
 TAIL = 0
-PIECES = 4  # of the tail, at most, for each CTA: as in schedule.cuh
+PIECE = 2  # units of a warp in a piece of the tail, at least
+PIECES = 4  # pieces for each CTA, at most: as in schedule.cuh
 SLACK = 4  # sixteenths by which shares may grow to give every head block whole CTAs
 
 # warps of a CTA and CTAs of a processor, by head_dim and bits; what shared memory holds
@@ -107,7 +108,7 @@ def decode(
     if workspace is None:
         workspace = torch.zeros(scratch.nbytes, dtype=torch.uint8, device=query.device)
     partials = workspace.data_ptr()
-    kernel = _kernel(layout, query.dtype, heads, query.device, TAIL)
+    kernel = _kernel(layout, query.dtype, heads, TAIL, query.device)
     kernel.launch(
         (ctas, 1, 1),
         query.data_ptr(), cache.data_ptr(), page_table.data_ptr(), seq_lens.data_ptr(),
@@ -167,9 +168,9 @@ def variant(
     layout: RecordLayout,
     dtype: torch.dtype,
     heads: int = HEADS,
+    tail: int = 0,
     *,
     magic: bool = False,
-    tail: int = 0,
 ) -> nvrtc.Variant:
     """The compiled form for a layout and a query dtype.
 
@@ -181,10 +182,10 @@ def variant(
         Of query and output: a key of `DTYPES`.
     heads : int
         Of a head block; see `block_heads`.
-    magic : bool
-        Make codes with an exponent instead of as subnormals.
     tail : int
         See `TAIL`.
+    magic : bool
+        Make codes with an exponent instead of as subnormals.
     """
     warps, ctas = shape(layout, heads)
     shared = shared_bytes(layout, heads, tail)
@@ -192,7 +193,7 @@ def variant(
     defines = {
         "WARPS": warps, "CTAS": ctas, "HEADS": heads, "QUERY": number,
         "EXPECTED_SHARED_BYTES": shared, **({"KVARN_MAGIC": 1} if magic else {}),
-        **({"TAIL": tail} if tail else {}),
+        **({"TAIL": tail, "PIECE": PIECE} if tail else {}),
     }  # fmt: skip
     program = nvrtc.Program(
         "decode_kernel", HERE / "decode.cu", {HEADER_NAME: layout_header(layout)}, defines
@@ -242,12 +243,12 @@ def subnormals_are_exact(device: torch.device) -> bool:
 
 @cache
 def _kernel(
-    layout: RecordLayout, dtype: torch.dtype, heads: int, device: torch.device, tail: int
+    layout: RecordLayout, dtype: torch.dtype, heads: int, tail: int, device: torch.device
 ) -> nvrtc.Kernel:
     if dtype not in DTYPES:
         raise ValueError(f"query has dtype {dtype}. Pass fp16, bf16 or fp32.")
     magic = not subnormals_are_exact(device)
-    return nvrtc.load(variant(layout, dtype, heads, magic=magic, tail=tail), device)
+    return nvrtc.load(variant(layout, dtype, heads, tail, magic=magic), device)
 
 
 @cache

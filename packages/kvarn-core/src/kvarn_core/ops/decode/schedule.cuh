@@ -16,8 +16,10 @@
 #include "device.cuh"
 #include "layout.cuh"
 
+// Defined by the launcher with a tail: its sixteenths, and units of a warp in a piece, at least.
 #ifndef TAIL
 #define TAIL 0
+#define PIECE 1
 #endif
 constexpr int PIECES = 4;  // of the tail, at most, for each CTA of the grid
 
@@ -225,7 +227,7 @@ DEVICE Share take_share(const Batch& batch, const Inverses& inverses, int cta, i
             stop = share.line.tail = even * ctas;
             share.line.end = total;
             const int piece = grid.ceil(total - stop) / PIECES + 1;
-            share.line.piece = max(2, (piece + WARPS - 1) / WARPS) * WARPS;
+            share.line.piece = max(PIECE, (piece + WARPS - 1) / WARPS) * WARPS;
             share.line.row = row;
             share.line.stop = sum * pairs;
         }
