@@ -143,6 +143,7 @@ DEVICE uint2 load_global2(const void* p) { uint2 v; memcpy(&v, p, sizeof v); ret
 DEVICE uint4 load_global4(const void* p) { uint4 v; memcpy(&v, p, sizeof v); return v; }
 DEVICE int late_block() { return int(blockIdx.x); }
 DEVICE int late_grid() { return int(gridDim.x); }
+DEVICE int late_thread() { return int(threadIdx.x); }
 DEVICE int late_lane() { return int(threadIdx.x) % 32; }
 DEVICE u32 arrive_global(u32* p) { return (*p)++; }
 DEVICE u32 count_global(u32* p) { return (*p)++; }

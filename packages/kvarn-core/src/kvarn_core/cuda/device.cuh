@@ -107,6 +107,11 @@ DEVICE int late_grid() {
     asm volatile("mov.u32 %0, %%nctaid.x;" : "=r"(n));
     return n;
 }
+DEVICE int late_thread() {
+    int i;
+    asm volatile("mov.u32 %0, %%tid.x;" : "=r"(i));
+    return i;
+}
 DEVICE int late_lane() {
     int i;
     asm volatile("mov.u32 %0, %%laneid;" : "=r"(i));

@@ -42,9 +42,10 @@ DEVICE void ask_query(Words (&words)[HEADS_OF_WARP], const Element* query, int c
 // The same rotated, times scale, in B-fragment order; heads that do not exist are zero.
 DEVICE void leave_query(u32 to, const Words (&words)[HEADS_OF_WARP], float scale) {
     const int first = late_lane() * CHANNELS;
+    const int warp = (TAIL ? late_thread() : int(threadIdx.x)) / 32;
 #pragma unroll
     for (int h = 0; h < HEADS_OF_WARP; h++) {
-        const int head = head_of_warp(h);
+        const int head = warp + h * WARPS;
         if (HEADS % WARPS && head >= HEADS) break;
         Channels c = channels_of(words[h]);
         rotate(c);
