@@ -4,7 +4,7 @@
 
 The kernel in CUDA C++ is built once more with stamps of the GPU's clock, written by one thread of
 each CTA. Its source has none: they are put behind the lines that `STAMPS` names, so the kernel that
-is served stays as it is. Stamps cost about a microsecond; read differences, not sums.
+is served stays as it is. Stamps take time themselves; read differences, not sums.
 """
 
 from __future__ import annotations

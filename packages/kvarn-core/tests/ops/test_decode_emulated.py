@@ -73,7 +73,7 @@ def test_it_agrees_with_the_reference(
     [(torch.bfloat16, 2.0**-8), (torch.float32, 0.0)],
     ids=["bf16", "fp32"],
 )
-def test_other_dtypes_of_thequery_of(dtype: torch.dtype, unit: float, emulated: Emulated) -> None:
+def test_other_dtypes_of_the_query(dtype: torch.dtype, unit: float, emulated: Emulated) -> None:
     tokens = (200, 64, 0)
     paging = stored(SMALL, tokens, 1)
     query = query_of(paging, 5, dtype)

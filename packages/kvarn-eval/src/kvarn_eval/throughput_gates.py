@@ -16,6 +16,7 @@ REFERENCE, TESTED = "fp16", "kvarn"
 CAPACITY = ("pool_tokens", "reported_tokens", "requests_that_fit")  # what no GPU is needed for
 LONG = 16_000  # tokens of a request from which on the limits are required
 FULL, LONG_ANSWER = 48, 2048  # requests and tokens per answer of a long burst
+BURSTS = ("burst", "long_burst")  # limits that hold for every burst of a shape
 BURST_SPEED = re.compile(r"burst_.*\.output_throughput")
 
 
@@ -196,7 +197,7 @@ def gates(
 def _rules(measured: dict[str, Measurement], limits: Limits) -> Iterator[tuple[str, float, str]]:
     """Name of a gate, its limit, and the quantity that it compares."""
     for name, limit in vars(limits).items():
-        if not name.endswith("burst"):
+        if name not in BURSTS:
             yield name, limit, "startup" if name == "startup_seconds" else name
     for quantity in sorted({m.name for m in measured.values() if BURST_SPEED.fullmatch(m.name)}):
         text = quantity.partition("_")[2].partition(".")[0]

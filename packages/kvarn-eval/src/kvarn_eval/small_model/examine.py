@@ -1,6 +1,6 @@
 """What a trained small model can do: held-out problems by family and length, held-out text.
 
-Apart from training, because a GPU may be lent for one of them at a time. The measurements go into
+Apart from training, so that a model can be measured again. The measurements go into
 `training.json`, and the card of the model is written from that file.
 """
 

@@ -3,7 +3,8 @@
 A model trained on exact rows reads them by fine margins, and a good cache costs it answers that no
 one would miss. Noise in some of the rows of a batch makes it read by wider ones. Its largest levels
 lie somewhat above what KVarN's 4-bit keys and 2-bit values do under the `large` outliers: 0.25 to
-0.36 of the root mean square for keys, 0.54 to 0.60 for values, on a model trained without noise.
+0.36 of the root mean square for keys, 0.54 to 0.60 for values, on small-v2, which was trained
+without noise (one-off, on a CPU).
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Training of the small model: one seed, one GPU, eight minutes.
+"""Training of the small model: one seed, one GPU.
 
 A step reads fresh task items and, in every third row, program text. Row lengths grow with a
 curriculum of a few fixed shapes, because each shape is compiled once. Matrices are trained by Muon
