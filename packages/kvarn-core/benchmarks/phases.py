@@ -128,20 +128,15 @@ def main(line: Sequence[str] | None = None) -> int:
     """Print a table per shape; returns the exit status."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--preset", choices=list(PRESETS), default="kvarn_k4v2_g128")
-    parser.add_argument(
-        "--tail", type=int, default=cuda.TAIL, help="sixteenths; see TAIL in cuda.py"
-    )
     options = parser.parse_args(line)
     if not torch.cuda.is_available() or torch.cuda.get_device_capability() != nvrtc.CAPABILITY:
         print("phases needs a GPU of compute capability 9.0.", file=sys.stderr)
         return 2
-    cuda.TAIL = options.tail
     device = torch.device("cuda", 0)
     layout = RecordLayout(PRESETS[options.preset], 128)
     stamps = torch.zeros(CTAS, 8, dtype=torch.int64, device=device)
     with tempfile.TemporaryDirectory() as folder:
-        served = cuda.variant(layout, torch.float16, tail=cuda.TAIL)
-        variant = stamped(served, Path(folder) / "decode")
+        variant = stamped(cuda.variant(layout, torch.float16), Path(folder) / "decode")
         kernel = Stamping(nvrtc.load(variant, device), stamps)
     cuda._kernel = lambda *_: kernel  # type: ignore[assignment]
     flush = torch.empty(256 << 20, dtype=torch.uint8, device=device)

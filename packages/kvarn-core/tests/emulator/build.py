@@ -97,7 +97,7 @@ def build(program: Program) -> ctypes.CDLL:
 
 def _key(program: Program) -> str:
     digest = hashlib.sha256()
-    own = {name: (HERE / name).read_text() for name in ("machine.hpp", "switch.hpp", "device.cuh")}
+    own = {path.name: path.read_text() for path in (HERE / "machine.hpp", HERE / "device.cuh")}
     texts = {**program.texts(), **{f"emulator/{name}": text for name, text in own.items()}}
     parts = [_compiler_version(), ENTRY, program.kernel, program.source.read_text(), *FLAGS]
     parts += [*program.options(""), *(text for pair in sorted(texts.items()) for text in pair)]

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
-import shutil
 from typing import TYPE_CHECKING
 
 import torch
@@ -15,7 +13,6 @@ from kvarn_core.testing.paging import Paging, allocate, store_sequence
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
-    from pathlib import Path
 
     import pytest
 
@@ -48,9 +45,9 @@ class Emulated:
         self.cache: torch.Tensor
 
     def _kernel(
-        self, layout: RecordLayout, dtype: torch.dtype, heads: int, tail: int, device: torch.device
+        self, layout: RecordLayout, dtype: torch.dtype, heads: int, device: torch.device
     ) -> EmulatedKernel:
-        variant = self.changed(cuda.variant(layout, dtype, heads, tail, magic=self.magic))
+        variant = self.changed(cuda.variant(layout, dtype, heads, magic=self.magic))
         return EmulatedKernel(variant, [self.cache], self.seed)
 
     def decode(
@@ -70,17 +67,6 @@ class Emulated:
             paging.layout.head_dim**-0.5, out, lse, workspace,
         )  # fmt: skip
         return out, lse
-
-
-def mutated(variant: Variant, folder: Path, name: str, text: str, other: str) -> Variant:
-    """The variant with another text in one file beside its source; all are copied to a folder."""
-    source = variant.program.source
-    shutil.copytree(source.parent, folder, dirs_exist_ok=True)
-    lines = (folder / name).read_text()
-    assert text in lines
-    (folder / name).write_text(lines.replace(text, other))
-    program = dataclasses.replace(variant.program, source=folder / source.name)
-    return dataclasses.replace(variant, program=program)
 
 
 def stored(layout: RecordLayout, tokens: tuple[int, ...], heads: int, **options: object) -> Paging:

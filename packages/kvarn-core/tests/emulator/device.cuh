@@ -143,27 +143,14 @@ DEVICE uint2 load_global2(const void* p) { uint2 v; memcpy(&v, p, sizeof v); ret
 DEVICE uint4 load_global4(const void* p) { uint4 v; memcpy(&v, p, sizeof v); return v; }
 DEVICE int late_block() { return int(blockIdx.x); }
 DEVICE int late_grid() { return int(gridDim.x); }
-DEVICE int late_thread() { return int(threadIdx.x); }
 DEVICE int late_lane() { return int(threadIdx.x) % 32; }
 DEVICE u32 arrive_global(u32* p) { return (*p)++; }
-DEVICE u32 count_global(u32* p) { return (*p)++; }
-DEVICE bool turn_shared(u32 a, u32 from, u32 to) {
-    u32 old;
-    u8* const at = emulator::machine.at(a, sizeof old, true);
-    memcpy(&old, at, sizeof old);
-    if (old == from) memcpy(at, &to, sizeof to);
-    return old == from;
-}
-DEVICE void tell_shared(u32 a, u32 v) { emulated_store(a, v); }
-DEVICE u32 look_shared(u32 a) {
-    emulator::machine.yield();
-    return emulated_load<u32>(a);
-}
 
 // --- bulk copies and their barriers ----------------------------------------------------------------
 
 DEVICE void barrier_init(u32 barrier, u32 arrivals) {
-    emulator::machine.start_barrier(barrier, arrivals);
+    emulator::machine.at(barrier, 8, true);
+    emulator::machine.barriers[barrier] = {arrivals, arrivals};
 }
 DEVICE void barrier_init_fence() {}
 DEVICE void barrier_expect(u32 barrier, u32 bytes) {

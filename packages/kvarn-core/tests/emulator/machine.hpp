@@ -1,5 +1,5 @@
 // A multiprocessor on the CPU: every CUDA thread is a fiber, lanes of a warp meet where the real
-// instructions make them meet, and up to four CTAs are there at once. Meant to find errors: shared memory starts as NaN, a bulk copy
+// instructions make them meet. Meant to find errors: shared memory starts as NaN, a bulk copy
 // spoils its target until somebody has waited for it, lanes run in an order that the seed decides,
 // and whatever a GPU would leave undefined ends the launch with a message.
 #pragma once
@@ -11,14 +11,11 @@
 #include <cstdint>
 #include <cstdio>
 #include <cstring>
-#include <deque>
 #include <map>
 #include <string>
 #include <tuple>
 #include <utility>
 #include <vector>
-
-#include "switch.hpp"
 
 namespace emulator {
 
@@ -26,7 +23,6 @@ constexpr int WARP = 32;
 constexpr size_t STACK_BYTES = 256 * 1024;
 constexpr unsigned SHARED_BASE = 1024;       // address 0 is never valid
 constexpr unsigned STATIC_BASE = 1u << 20;   // variables declared __shared__
-constexpr unsigned MOST_COPIES = 1u << 14;   // of a launch; tests are small
 constexpr unsigned char POISON = 0xff;       // NaN in every floating type
 
 struct Index {
@@ -60,30 +56,43 @@ struct Fiber {
     unsigned seen = 0;
 };
 
-struct Cta {
-    Index block;
-    std::vector<unsigned char> shared;
-    std::vector<Copy> copies;  // in flight
-    std::map<unsigned, Barrier> barriers;
-    std::vector<Fiber> fibers;
-    std::vector<unsigned> order;
-    Meeting warps[32], all;
-    unsigned left = 0, idle = 0;  // threads that are not done; switches since one did more than look
-};
-
 struct Range {
     const unsigned char* begin;
     size_t bytes;
 };
 
+extern "C" void kvarn_emulator_switch(void** save, void* load);
+#if defined(__x86_64__)
+asm(".text\n.globl kvarn_emulator_switch\nkvarn_emulator_switch:\n"
+    "pushq %rbp\npushq %rbx\npushq %r12\npushq %r13\npushq %r14\npushq %r15\n"
+    "movq %rsp,(%rdi)\nmovq %rsi,%rsp\n"
+    "popq %r15\npopq %r14\npopq %r13\npopq %r12\npopq %rbx\npopq %rbp\nret\n");
+constexpr int SAVED = 6;  // registers below the return address
+#elif defined(__aarch64__)
+asm(".text\n.globl kvarn_emulator_switch\nkvarn_emulator_switch:\n"
+    "sub sp,sp,#160\nstp x19,x20,[sp]\nstp x21,x22,[sp,#16]\nstp x23,x24,[sp,#32]\n"
+    "stp x25,x26,[sp,#48]\nstp x27,x28,[sp,#64]\nstp x29,x30,[sp,#80]\n"
+    "stp d8,d9,[sp,#96]\nstp d10,d11,[sp,#112]\nstp d12,d13,[sp,#128]\nstp d14,d15,[sp,#144]\n"
+    "mov x9,sp\nstr x9,[x0]\nmov sp,x1\n"
+    "ldp x19,x20,[sp]\nldp x21,x22,[sp,#16]\nldp x23,x24,[sp,#32]\n"
+    "ldp x25,x26,[sp,#48]\nldp x27,x28,[sp,#64]\nldp x29,x30,[sp,#80]\n"
+    "ldp d8,d9,[sp,#96]\nldp d10,d11,[sp,#112]\nldp d12,d13,[sp,#128]\nldp d14,d15,[sp,#144]\n"
+    "add sp,sp,#160\nret\n");
+#else
+#error "the emulator has no context switch for this processor"
+#endif
+
 class Machine {
   public:
     Index thread, block, block_size, grid_size;  // of the running fiber
+    std::vector<unsigned char> shared;           // aligned part begins at shared_data()
     std::vector<Range> memory;                   // what bulk copies may read
+    std::vector<Copy> copies;                    // in flight
+    std::map<unsigned, Barrier> barriers;
     std::string message;
 
     unsigned char* shared_data() {
-        return reinterpret_cast<unsigned char*>((uintptr_t(here_->shared.data()) + 1023) & ~uintptr_t(1023));
+        return reinterpret_cast<unsigned char*>((uintptr_t(shared.data()) + 1023) & ~uintptr_t(1023));
     }
 
     template <class Body>
@@ -92,7 +101,6 @@ class Machine {
         random_ = seed * 2654435761u + 12345;
         grid_size = grid;
         block_size = {threads, 1, 1};
-        copies_ = 0;
         shared_bytes_ = shared_bytes;
         if (threads % WARP || threads > 1024) return message = "threads are not whole warps", false;
         body_ = [](void* b) { (*static_cast<Body*>(b))(); };
@@ -100,23 +108,9 @@ class Machine {
         std::vector<unsigned> order(grid.x * grid.y * grid.z);
         for (unsigned i = 0; i < order.size(); i++) order[i] = i;
         shuffle(order);  // CTAs end in any order
-        const unsigned together = static_bytes() ? 1 : 1 + seed % 4;
-        if (ctas_.size() < together) ctas_.resize(together);
-        std::vector<Cta*> running;
-        for (size_t next = 0; next < order.size() || !running.empty();) {
-            while (running.size() < together && next < order.size()) {
-                auto free = std::find_if(ctas_.begin(), ctas_.end(), [](Cta& c) { return !c.left; });
-                const unsigned i = order[next++];
-                free->block = {i % grid.x, i / grid.x % grid.y, i / grid.x / grid.y};
-                begin(*free);
-                running.push_back(&*free);
-            }
-            const size_t i = running.size() > 1 ? random() % running.size() : 0;
-            if (!turn(*running[i])) {
-                for (Cta& c : ctas_) c.left = 0;
-                return false;
-            }
-            if (!running[i]->left) running.erase(running.begin() + long(i));
+        for (unsigned i : order) {
+            block = {i % grid.x, i / grid.x % grid.y, i / grid.x / grid.y};
+            if (!run_cta()) return false;
         }
         return true;
     }
@@ -134,7 +128,7 @@ class Machine {
     }
 
     void wait(const unsigned* word, unsigned seen) {
-        Fiber& me = here_->fibers[thread.x];
+        Fiber& me = fibers_[thread.x];
         me.waits_for = word;
         me.seen = seen;
         to_main(me);
@@ -163,12 +157,12 @@ class Machine {
 
     template <class Out, class In, class Compute>
     Out warp(const char* name, const In& in, Compute compute) {
-        return meet<Out>(here_->warps[thread.x / WARP], WARP, thread.x % WARP, name, in, compute);
+        return meet<Out>(warps_[thread.x / WARP], WARP, thread.x % WARP, name, in, compute);
     }
 
     template <class Out, class In, class Compute>
     Out cta(const char* name, const In& in, Compute compute) {
-        return meet<Out>(here_->all, int(block_size.x), int(thread.x), name, in, compute);
+        return meet<Out>(cta_, int(block_size.x), int(thread.x), name, in, compute);
     }
 
     unsigned threads() const { return block_size.x; }
@@ -177,7 +171,7 @@ class Machine {
         if (address % (bytes < 16 ? bytes : 16)) fail("misaligned access to shared memory");
         if (random() % 128 == 0) yield();  // others may come first
         if (reads)
-            for (const Copy& c : here_->copies)
+            for (const Copy& c : copies)
                 if (address < c.to + c.bytes && c.to < address + bytes)
                     fail("shared memory is read while a bulk copy fills it");
         return inside(address, bytes);
@@ -203,8 +197,8 @@ class Machine {
     }
 
     Barrier& barrier(unsigned address) {
-        auto found = here_->barriers.find(address);
-        if (found == here_->barriers.end()) fail("a barrier is used before it is initialised");
+        auto found = barriers.find(address);
+        if (found == barriers.end()) fail("a barrier is used before it is initialised");
         return found->second;
     }
 
@@ -215,21 +209,14 @@ class Machine {
         for (const Range& r : memory)
             known |= source >= r.begin && source + bytes <= r.begin + r.bytes;
         if (!known) fail("a bulk copy reads outside the memory of the launch");
-        for (const Copy& c : here_->copies)
+        for (const Copy& c : copies)
             if (to < c.to + c.bytes && c.to < to + bytes) fail("two bulk copies have one target");
-        if (++copies_ > MOST_COPIES) fail("bulk copies without end");
         barrier(where);
         memset(inside(to, bytes), POISON, bytes);
-        here_->copies.push_back({to, bytes, where, source});
-    }
-
-    void start_barrier(unsigned address, unsigned arrivals) {
-        at(address, 8, true);
-        here_->barriers[address] = {arrivals, arrivals};
+        copies.push_back({to, bytes, where, source});
     }
 
     void finish_copies(unsigned where) {
-        std::vector<Copy>& copies = here_->copies;
         for (size_t i = 0; i < copies.size();) {
             if (copies[i].barrier != where) {
                 i++;
@@ -256,8 +243,7 @@ class Machine {
     }
 
   private:
-    void begin(Cta& cta);
-    bool turn(Cta& cta);
+    bool run_cta();
     static unsigned char* static_data();
     static size_t static_bytes();
 
@@ -271,9 +257,8 @@ class Machine {
     static void entry();
     void prepare(Fiber& f);
 
-    std::deque<Cta> ctas_;  // places for as many as are there at once
-    Cta* here_ = nullptr;   // of the running fiber
-    unsigned copies_ = 0;   // of this launch
+    std::vector<Fiber> fibers_;
+    Meeting warps_[32], cta_;
     unsigned shared_bytes_ = 0, random_ = 1;
     void* main_ = nullptr;
     bool failed_ = false;
@@ -290,7 +275,7 @@ inline size_t Machine::static_bytes() { return size_t(__stop_kvarn_shared - __st
 
 inline void Machine::entry() {
     machine.body_(machine.body_data_);
-    Fiber& me = machine.here_->fibers[machine.thread.x];
+    Fiber& me = machine.fibers_[machine.thread.x];
     me.done = true;
     machine.to_main(me);
     __builtin_unreachable();
@@ -318,58 +303,51 @@ inline void Machine::prepare(Fiber& f) {
     f.waits_for = nullptr;
 }
 
-inline void Machine::begin(Cta& cta) {
-    here_ = &cta;
-    cta.left = block_size.x;
-    cta.idle = 0;
-    if (cta.fibers.size() < cta.left) cta.fibers.resize(cta.left);
-    cta.shared.resize(shared_bytes_ + 2048);
-    memset(cta.shared.data(), POISON, cta.shared.size());
+inline bool Machine::run_cta() {
+    const unsigned count = block_size.x;
+    if (fibers_.size() < count) fibers_.resize(count);
+    shared.resize(shared_bytes_ + 2048);
+    memset(shared.data(), POISON, shared.size());
     if (static_bytes()) memset(static_data(), POISON, static_bytes());
-    cta.copies.clear();
-    cta.barriers.clear();
-    for (Meeting& m : cta.warps) m.arrived = 0;
-    cta.all.arrived = 0;
+    copies.clear();
+    barriers.clear();
+    for (Meeting& m : warps_) m.arrived = 0;
+    cta_.arrived = 0;
     failed_ = false;
-    cta.order.resize(cta.left);
-    for (unsigned i = 0; i < cta.left; i++) {
-        cta.order[i] = i;
-        prepare(cta.fibers[i]);
+    std::vector<unsigned> order(count);
+    for (unsigned i = 0; i < count; i++) {
+        order[i] = i;
+        prepare(fibers_[i]);
     }
-    shuffle(cta.order);
-}
-
-// Every thread of a CTA that can do something does it once.
-inline bool Machine::turn(Cta& cta) {
-    here_ = &cta;
-    block = cta.block;
-    bool moved = false;
-    for (unsigned i : cta.order) {
-        Fiber& f = cta.fibers[i];
-        if (f.done || (f.waits_for && *f.waits_for == f.seen)) continue;
-        moved = true;
-        const bool polls = f.waits_for == nullptr;
-        f.waits_for = nullptr;
-        thread = {i, 0, 0};
-        kvarn_emulator_switch(&main_, f.stack_pointer);
-        if (failed_) return false;
-        cta.left -= f.done;
-        cta.idle = polls ? cta.idle + 1 : 0;
+    shuffle(order);
+    for (unsigned left = count, idle = 0; left;) {
+        bool moved = false;
+        for (unsigned i : order) {
+            Fiber& f = fibers_[i];
+            if (f.done || (f.waits_for && *f.waits_for == f.seen)) continue;
+            moved |= f.waits_for != nullptr || f.stack_pointer != nullptr;
+            const bool polls = f.waits_for == nullptr;
+            f.waits_for = nullptr;
+            thread = {i, 0, 0};
+            kvarn_emulator_switch(&main_, f.stack_pointer);
+            if (failed_) return false;
+            left -= f.done;
+            idle = polls ? idle + 1 : 0;
+        }
+        if (!moved || idle > 1000000) {
+            message = "threads wait for each other for ever";
+            for (unsigned i = 0; i < count; i++)
+                if (!fibers_[i].done) {
+                    const Meeting& m = warps_[i / WARP].arrived ? warps_[i / WARP] : cta_;
+                    message += m.arrived ? std::string(" at ") + m.name : std::string(" at a barrier");
+                    message += " (block " + std::to_string(block.x) + ", thread " + std::to_string(i) + ")";
+                    break;
+                }
+            return false;
+        }
     }
-    const auto block_name = [&] { return " (block " + std::to_string(block.x); };
-    if (!moved || cta.idle > 1000000) {
-        message = "threads wait for each other for ever";
-        for (unsigned i = 0; i < block_size.x; i++)
-            if (!cta.fibers[i].done) {
-                const Meeting& m = cta.warps[i / WARP].arrived ? cta.warps[i / WARP] : cta.all;
-                message += m.arrived ? std::string(" at ") + m.name : std::string(" at a barrier");
-                message += block_name() + ", thread " + std::to_string(i) + ")";
-                break;
-            }
-        return false;
-    }
-    if (!cta.left && !cta.copies.empty()) {
-        message = "a CTA ends while a bulk copy is in flight" + block_name() + ")";
+    if (!copies.empty()) {
+        message = "a CTA ends while a bulk copy is in flight (block " + std::to_string(block.x) + ")";
         return false;
     }
     return true;

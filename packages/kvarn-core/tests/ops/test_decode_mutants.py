@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+import dataclasses
+import shutil
 from typing import TYPE_CHECKING
 
 import pytest
 from emulator.build import EmulationError
-from emulator.decoding import ROUNDING, Emulated, expected, mutated, query_of, stored
+from emulator.decoding import ROUNDING, Emulated, expected, query_of, stored
 
 from kvarn_core.layout import RecordLayout
-from kvarn_core.ops.decode import cuda
 from kvarn_core.spec import PRESETS
 from kvarn_core.testing.compare import assert_close
 
 if TYPE_CHECKING:
     from pathlib import Path
+
+    from kvarn_core.nvrtc import Variant
 
 pytest.importorskip("ziglang", reason="builds C++ for the CPU; the package ziglang is missing")
 pytestmark = pytest.mark.emulate
@@ -29,18 +32,12 @@ MUTANTS = [
     ("one-barrier-phase-is-skipped", "decode.cu", "parity ^= 1", "parity ^= unit.count == 0"),
     ("sums-are-not-rescaled", "attend.cuh", "s.sum[n][e] *= factor", "(void)factor"),
     ("keys-are-fetched-too-early", "decode.cu", "more && !unit.count && !next.count", "more"),
-    ("parts-share-a-slot", "schedule.cuh", "slot == first ? slots_of(ctas) : 0", "0 * ctas"),
+    ("parts-share-a-slot", "schedule.cuh", "slot == first ? ctas : 0", "0 * ctas"),
     ("columns-overlap", "schedule.cuh", "at.index + share.size)", "at.index + share.size + 1)"),
     ("wide-tiles-share-a-query", "attend.cuh", "tile * QUERY_BYTES", "0 * tile"),
     ("wide-tiles-share-a-strip", "attend.cuh", "n * STRIP_BYTES", "0 * n"),
     ("a-part-loses-its-weight", "merge.cuh", "at + k < 32 ?", "at + k < 1 ?"),
 ]  # fmt: skip
-
-
-@pytest.fixture(autouse=True)
-def columns(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Requests of these lengths get whole CTAs on one of the grids."""
-    monkeypatch.setattr(cuda, "SLACK", 4)
 
 
 def _check(emulated: Emulated, ratio: int) -> None:
@@ -67,9 +64,18 @@ def test_the_kernel_passes(ratio: int, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_mutant_is_found_out(
     ratio: int, name: str, text: str, other: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    def mutated(variant: Variant) -> Variant:
+        source = variant.program.source
+        folder = tmp_path / "decode"
+        shutil.copytree(source.parent, folder, dirs_exist_ok=True)
+        lines = (folder / name).read_text()
+        assert text in lines
+        (folder / name).write_text(lines.replace(text, other))
+        program = dataclasses.replace(variant.program, source=folder / source.name)
+        return dataclasses.replace(variant, program=program)
+
     emulated = Emulated(monkeypatch)
-    folder = tmp_path / "decode"
-    emulated.changed = lambda variant: mutated(variant, folder, name, text, other)
+    emulated.changed = mutated
     with pytest.raises((AssertionError, EmulationError)) as found:
         _check(emulated, ratio)
     assert text not in str(found.value)  # the mutant, not the assertion above

@@ -18,25 +18,22 @@ import kvarn_core
 from kvarn_core.layout import HIT_COLUMN, RING_COLUMN, SINK_COLUMN, RecordLayout
 from kvarn_core.layout_header import HEADER_NAME, layout_header
 from kvarn_core.nvrtc import Program, Variant
-from kvarn_core.ops.decode.cuda import PIECE, PIECES, inverses
+from kvarn_core.ops.decode.cuda import inverses
 from kvarn_core.spec import PRESETS
 
 pytest.importorskip("ziglang", reason="builds C++ for the CPU; the package ziglang is missing")
 pytestmark = pytest.mark.emulate
 
 SOURCE = Path(__file__).parent.parent / "emulator" / "schedule_probe.cu"
-DECODE = Path(kvarn_core.__file__).parent / "ops" / "decode"
-HEADERS = {name: (DECODE / name).read_text() for name in ("schedule.cuh", "tail.cuh")}
+SCHEDULE = Path(kvarn_core.__file__).parent / "ops" / "decode" / "schedule.cuh"
 ARGUMENTS = ("pointer",) * 5 + ("i32",) * 7 + ("u32",) * 4
 UNIT_WORDS, SEGMENT_WORDS = 10, 8
-SHARED_BYTES = 1024  # what 32 requests read, and the number of a piece
 LAYOUTS = [
     RecordLayout(PRESETS[f"kvarn_{name}"], dim)
     for name, dim in (("k4v2_g64", 64), ("k4v2_g128", 128), ("k2v2_g64", 256))
 ]
 BATCHES = 3400  # of each layout
 LONGEST = 14  # tiles
-WARPS = 4  # of a CTA, if there is a tail
 
 
 class Batch(NamedTuple):
@@ -49,20 +46,14 @@ class Batch(NamedTuple):
     ctas: int
     warps: int
     slack: int
-    tail: int
 
     @property
     def pairs(self) -> int:
         """Head blocks of a request."""
         return self.kv_heads * self.blocks
 
-    @property
-    def slots(self) -> int:
-        """Shares and pieces at most."""
-        return self.ctas * (1 + PIECES * (self.tail > 0))
 
-
-def _draw(layout: RecordLayout, tail: int, random: np.random.Generator) -> Batch:
+def _draw(layout: RecordLayout, random: np.random.Generator) -> Batch:
     """Lengths at and around multiples of the group, padded rows, hits, missing sinks."""
     group, crowded = layout.group, random.random() < 0.1
     size = int(
@@ -80,7 +71,7 @@ def _draw(layout: RecordLayout, tail: int, random: np.random.Generator) -> Batch
     heads, blocks, ctas, warps = (int(random.integers(1, n)) for n in (5, 4, 80, 6))
     ctas = 132 if random.random() < 0.2 else ctas
     slack = int(random.choice([0, 2, 4, 16]))
-    return Batch(lengths, table, heads, blocks, ctas, WARPS if tail else warps, slack, tail)
+    return Batch(lengths, table, heads, blocks, ctas, warps, slack)
 
 
 def _run(
@@ -89,17 +80,14 @@ def _run(
     """Rows of units and of segments, as schedule_probe.cu writes them."""
     most = len(batch.lengths) * batch.pairs * (LONGEST + 2 + 2 * layout.ring_pages)
     units = np.full((2 * most, UNIT_WORDS), -1, np.int32)
-    segments = np.full(
-        (len(batch.lengths) * batch.pairs + batch.slots, SEGMENT_WORDS), -1, np.int32
-    )
-    counts = np.zeros(3, np.int32)
+    segments = np.full((len(batch.lengths) * batch.pairs + batch.ctas, SEGMENT_WORDS), -1, np.int32)
+    counts = np.zeros(2, np.int32)
     arrays = (batch.table, batch.lengths, units, segments, counts)
     kernel.launch(
         (batch.ctas, 1, 1), *(x.ctypes.data for x in arrays), batch.table.shape[1],
         len(batch.lengths), batch.kv_heads, batch.blocks, batch.warps, batch.slack,
         batch.warps, *inverses(batch.ctas, batch.kv_heads, batch.blocks),
     )  # fmt: skip
-    assert not counts[2]  # pieces taken: as before the launch
     return units[: counts[0]], segments[: counts[1]]
 
 
@@ -156,10 +144,10 @@ def _check(layout: RecordLayout, batch: Batch, units: np.ndarray, segments: np.n
     assert np.array_equal(_sorted(got), _sorted(_for_every_pair(rows, batch)))
 
     # warps of a share differ by one unit at most
-    by_warp = np.bincount(cta * batch.warps + warp, minlength=batch.slots * batch.warps)
-    by_warp = by_warp.reshape(batch.slots, batch.warps)
+    by_warp = np.bincount(cta * batch.warps + warp, minlength=batch.ctas * batch.warps)
+    by_warp = by_warp.reshape(batch.ctas, batch.warps)
     assert (by_warp.max(1) - by_warp.min(1) <= 1).all()
-    shares = np.bincount(cta, minlength=batch.slots)
+    shares = np.bincount(cta, minlength=batch.ctas)
     units_of = np.bincount(request, minlength=len(batch.lengths)) // batch.pairs
     want, in_columns = _shares(batch, units_of)
     assert shares.tolist() == want
@@ -173,7 +161,7 @@ def _check(layout: RecordLayout, batch: Batch, units: np.ndarray, segments: np.n
     assert len(number) == (batch.lengths > 0).sum() * batch.pairs
     assert np.array_equal(parts[order], number.repeat(number))
     assert np.array_equal(part[order], np.arange(len(order)) - start.repeat(number))
-    zeroth = slot[order][start].repeat(number) - batch.slots
+    zeroth = slot[order][start].repeat(number) - batch.ctas
     behind = part[order] > 0
     assert np.array_equal(slot[order][behind], (zeroth + part[order])[behind])
     step = batch.pairs if in_columns else 1
@@ -182,33 +170,25 @@ def _check(layout: RecordLayout, batch: Batch, units: np.ndarray, segments: np.n
     used = slot[parts > 1]
     assert len(set(used.tolist())) == len(used)
     assert (used >= 0).all()
-    assert (used < 2 * batch.slots).all()
+    assert (used < 2 * batch.ctas).all()
     if in_columns:  # one head block for a CTA
         assert len(set(owner.tolist())) == len(owner)
 
 
 def _shares(batch: Batch, units: np.ndarray) -> tuple[list[int], bool]:
-    """Units of each share and piece, and whether those are columns; from units of a head block."""
+    """Units of each CTA, and whether it is in a column. `units` are those of one head block."""
     total = int(units.sum()) * batch.pairs
     line = max(batch.warps, -(-total // batch.ctas))
     columns = _columns(batch, units, line)
-    even = total // 16 * (16 - batch.tail) // batch.ctas // batch.warps * batch.warps
-    if columns is None and batch.tail and len(units) <= 32 and even:
-        left = total - even * batch.ctas
-        piece = -(-left // batch.ctas) // PIECES + 1
-        piece = batch.warps * max(PIECE, -(-piece // batch.warps))
-        full, rest = divmod(left, piece)
-        cut = [even] * batch.ctas + [piece] * full + [rest]
-        return (cut + [0] * batch.slots)[: batch.slots], False
     if columns is None:
         full, rest = divmod(total, line)
-        return ([line] * full + [rest] + [0] * batch.slots)[: batch.slots], False
+        return ([line] * full + [rest] + [0] * batch.ctas)[: batch.ctas], False
     size, needed = columns
     shares = []
     for n, many in zip(units.tolist(), needed.tolist(), strict=True):
         for i in range(many):
             shares += [min(size, n - i * size)] * batch.pairs
-    return shares + [0] * (batch.slots - len(shares)), True
+    return shares + [0] * (batch.ctas - len(shares)), True
 
 
 def _columns(batch: Batch, units: np.ndarray, line: int) -> tuple[int, np.ndarray] | None:
@@ -225,29 +205,17 @@ def _columns(batch: Batch, units: np.ndarray, line: int) -> tuple[int, np.ndarra
     return None
 
 
-@pytest.mark.parametrize(
-    ("layout", "tail"),
-    [
-        pytest.param(layout, tail, id=f"{layout.preset.name[6:]}-d{layout.head_dim}-tail{tail}")
-        for layout, tail in [*((layout, 0) for layout in LAYOUTS), (LAYOUTS[1], 2), (LAYOUTS[0], 7)]
-    ],
-)
-def test_every_unit_is_taken_once_and_no_partial_is_overwritten(
-    layout: RecordLayout, tail: int
-) -> None:
-    headers = {HEADER_NAME: layout_header(layout), **HEADERS}
-    defines = {"WARPS": WARPS, **({"TAIL": tail, "PIECE": PIECE} if tail else {})}
-    program = Program("schedule_probe", SOURCE, headers, defines)
-    kernel = EmulatedKernel(Variant("schedule", program, ARGUMENTS, 32, 1, SHARED_BYTES))
+@pytest.mark.parametrize("layout", LAYOUTS, ids=lambda x: f"{x.preset.name[6:]}-d{x.head_dim}")
+def test_every_unit_is_taken_once_and_no_partial_is_overwritten(layout: RecordLayout) -> None:
+    headers = {HEADER_NAME: layout_header(layout), SCHEDULE.name: SCHEDULE.read_text()}
+    variant = Variant("schedule", Program("schedule_probe", SOURCE, headers), ARGUMENTS, 32, 1)
+    kernel = EmulatedKernel(variant)
     random = np.random.default_rng(layout.record_bytes)
-    tails = 0
     for number in range(BATCHES):
-        batch = _draw(layout, tail, random)
+        batch = _draw(layout, random)
         kernel.seed = number
         units, segments = _run(kernel, layout, batch)
-        tails += bool((units[:, 0] >= batch.ctas).any())
         try:
             _check(layout, batch, units, segments)
         except AssertionError as error:
             raise AssertionError(f"batch {number}, {batch}") from error
-    assert (tails > BATCHES / 20) == (tail > 0)

@@ -72,30 +72,6 @@ DEVICE u32 arrive_global(u32* p) {
     return old;
 }
 
-// Adds 1 and returns the old value; orders nothing.
-DEVICE u32 count_global(u32* p) {
-    u32 old;
-    asm volatile("atom.add.relaxed.gpu.global.u32 %0, [%1], 1;" : "=r"(old) : "l"(p) : "memory");
-    return old;
-}
-
-// A word that other warps of the CTA write without a barrier: whether it was `from` and is `to` now,
-// and what it is.
-DEVICE bool turn_shared(u32 a, u32 from, u32 to) {
-    u32 old;
-    asm volatile("atom.relaxed.cta.shared.cas.b32 %0, [%1], %2, %3;"
-                 : "=r"(old) : "r"(a), "r"(from), "r"(to) : "memory");
-    return old == from;
-}
-DEVICE void tell_shared(u32 a, u32 v) {
-    asm volatile("st.relaxed.cta.shared.u32 [%0], %1;" ::"r"(a), "r"(v) : "memory");
-}
-DEVICE u32 look_shared(u32 a) {
-    u32 v;
-    asm volatile("ld.relaxed.cta.shared.u32 %0, [%1];" : "=r"(v) : "r"(a) : "memory");
-    return v;
-}
-
 // Read where they are written: for uses so late that the value should not wait in a register.
 DEVICE int late_block() {
     int i;
@@ -106,11 +82,6 @@ DEVICE int late_grid() {
     int n;
     asm volatile("mov.u32 %0, %%nctaid.x;" : "=r"(n));
     return n;
-}
-DEVICE int late_thread() {
-    int i;
-    asm volatile("mov.u32 %0, %%tid.x;" : "=r"(i));
-    return i;
 }
 DEVICE int late_lane() {
     int i;

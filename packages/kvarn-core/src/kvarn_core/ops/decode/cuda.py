@@ -1,8 +1,7 @@
 """Launching decode attention in CUDA C++: one kernel per call, whatever the lengths.
 
 The grid is what the GPU holds at once. Scratch memory is one slot per CTA and end of its share,
-then one counter per (request, head block); counters are zero between calls. With a tail, its pieces
-have slots as well, and one more counter says which is next.
+then one counter per (request, head block); counters are zero between calls.
 """
 
 from __future__ import annotations
@@ -32,9 +31,6 @@ DTYPES = {torch.float16: ("fp16", 0), torch.bfloat16: ("bf16", 1), torch.float32
 ARGUMENTS = ("pointer",) * 8 + ("f32",) + ("i32",) * 10 + ("u32",) * 4
 UNITS_PER_WARP = 1  # least share of a CTA: more means fewer partials, later
 SLACK = 1  # sixteenths by which shares may grow to give every head block whole CTAs
-TAIL = 0  # sixteenths of the line that CTAs take piece by piece; off until it has been timed
-PIECE = 2  # units of a warp in a piece of the tail, at least
-PIECES = 4  # pieces for each CTA, at most: as in schedule.cuh
 
 # warps of a CTA and CTAs of a processor, by head_dim and bits; what shared memory holds
 SHAPES = {
@@ -55,25 +51,25 @@ class Scratch:
 
     Parameters
     ----------
-    slots : int
-        Shares and pieces that work is cut into, at most.
+    ctas : int
+        CTAs of the grid.
     heads : int
         Query heads of a head block.
     head_dim : int
         D.
     counters : int
-        One per (request, head block), and one for a tail.
+        One per (request, head block).
     """
 
-    slots: int
+    ctas: int
     heads: int
     head_dim: int
     counters: int
 
     @property
     def partial_bytes(self) -> int:
-        """Two places per slot: outputs, maxima and sums of a head block, fp32."""
-        return 2 * self.slots * self.heads * (self.head_dim + 2) * 4
+        """Two slots per CTA: outputs, maxima and sums of a head block, fp32."""
+        return 2 * self.ctas * self.heads * (self.head_dim + 2) * 4
 
     @property
     def nbytes(self) -> int:
@@ -102,20 +98,19 @@ def decode(
     ratio = num_q_heads // num_kv_heads
     heads = block_heads(layout, ratio)
     blocks = -(-ratio // heads)
-    scratch = _scratch(batch, num_q_heads, num_kv_heads, layout, query.device, TAIL)
-    ctas = _ctas(layout, heads, query.device)
+    scratch = _scratch(batch, num_q_heads, num_kv_heads, layout, query.device)
     if workspace is None:
         workspace = torch.zeros(scratch.nbytes, dtype=torch.uint8, device=query.device)
     partials = workspace.data_ptr()
-    kernel = _kernel(layout, query.dtype, heads, TAIL, query.device)
+    kernel = _kernel(layout, query.dtype, heads, query.device)
     kernel.launch(
-        (ctas, 1, 1),
+        (scratch.ctas, 1, 1),
         query.data_ptr(), cache.data_ptr(), page_table.data_ptr(), seq_lens.data_ptr(),
         out.data_ptr(), lse.data_ptr(), partials, partials + scratch.partial_bytes,
         sm_scale * LOG2_E, page_table.stride(0), query.stride(0), out.stride(0), batch,
         num_kv_heads, ratio, blocks, num_kv_heads * blocks,
         UNITS_PER_WARP * shape(layout, heads)[0], SLACK,
-        *inverses(ctas, num_kv_heads, blocks),
+        *inverses(scratch.ctas, num_kv_heads, blocks),
     )  # fmt: skip
 
 
@@ -130,7 +125,7 @@ def workspace_bytes(
     batch: int, num_q_heads: int, num_kv_heads: int, layout: RecordLayout, device: torch.device
 ) -> int:
     """See `kvarn_core.ops.decode.workspace_bytes`."""
-    return _scratch(batch, num_q_heads, num_kv_heads, layout, device, TAIL).nbytes
+    return _scratch(batch, num_q_heads, num_kv_heads, layout, device).nbytes
 
 
 def has_kernels(layout: RecordLayout) -> bool:
@@ -151,25 +146,16 @@ def shape(layout: RecordLayout, heads: int = HEADS) -> tuple[int, int]:
     return shapes[layout.head_dim, layout.preset.key_bits, layout.preset.value_bits]
 
 
-def shared_bytes(layout: RecordLayout, heads: int = HEADS, tail: int = 0) -> int:
-    """Shared memory of a CTA: records, query, outputs and states, barriers and notes of warps.
-
-    With a tail, longer notes, the number of a piece, and what 32 requests read.
-    """
+def shared_bytes(layout: RecordLayout, heads: int = HEADS) -> int:
+    """Shared memory of a CTA: records, query, outputs and states, barriers and notes of warps."""
     warps, _ = shape(layout, heads)
     region = heads * (layout.head_dim + 4) * 4
     query = 2 * heads * layout.head_dim
-    for_tail = (16 * warps + 16 + 32 * 24) * (tail > 0)
-    return warps * (layout.record_bytes + region + heads * 8 + 48) + query + for_tail
+    return warps * (layout.record_bytes + region + heads * 8 + 48) + query
 
 
 def variant(
-    layout: RecordLayout,
-    dtype: torch.dtype,
-    heads: int = HEADS,
-    tail: int = 0,
-    *,
-    magic: bool = False,
+    layout: RecordLayout, dtype: torch.dtype, heads: int = HEADS, *, magic: bool = False
 ) -> nvrtc.Variant:
     """The compiled form for a layout and a query dtype.
 
@@ -181,24 +167,21 @@ def variant(
         Of query and output: a key of `DTYPES`.
     heads : int
         Of a head block; see `block_heads`.
-    tail : int
-        See `TAIL`.
     magic : bool
         Make codes with an exponent instead of as subnormals.
     """
     warps, ctas = shape(layout, heads)
-    shared = shared_bytes(layout, heads, tail)
+    shared = shared_bytes(layout, heads)
     name, number = DTYPES[dtype]
     defines = {
         "WARPS": warps, "CTAS": ctas, "HEADS": heads, "QUERY": number,
         "EXPECTED_SHARED_BYTES": shared, **({"KVARN_MAGIC": 1} if magic else {}),
-        **({"TAIL": tail, "PIECE": PIECE} if tail else {}),
     }  # fmt: skip
     program = nvrtc.Program(
         "decode_kernel", HERE / "decode.cu", {HEADER_NAME: layout_header(layout)}, defines
     )
     words = ["decode", layout.preset.name[6:], f"d{layout.head_dim}", name]
-    words += ["wide"] * (heads > HEADS) + ["magic"] * magic + [f"tail{tail}"] * (tail > 0)
+    words += ["wide"] * (heads > HEADS) + ["magic"] * magic
     return nvrtc.Variant("-".join(words), program, ARGUMENTS, warps * 32, ctas, shared)
 
 
@@ -215,7 +198,6 @@ def variants() -> Iterator[nvrtc.Variant]:
         yield variant(main, dtype)
     yield variant(main, torch.bfloat16, WIDE_HEADS)
     yield variant(main, torch.float16, WIDE_HEADS, magic=True)
-    yield variant(main, torch.float16, tail=2)
 
 
 @cache
@@ -242,32 +224,22 @@ def subnormals_are_exact(device: torch.device) -> bool:
 
 @cache
 def _kernel(
-    layout: RecordLayout, dtype: torch.dtype, heads: int, tail: int, device: torch.device
+    layout: RecordLayout, dtype: torch.dtype, heads: int, device: torch.device
 ) -> nvrtc.Kernel:
     if dtype not in DTYPES:
         raise ValueError(f"query has dtype {dtype}. Pass fp16, bf16 or fp32.")
     magic = not subnormals_are_exact(device)
-    return nvrtc.load(variant(layout, dtype, heads, tail, magic=magic), device)
+    return nvrtc.load(variant(layout, dtype, heads, magic=magic), device)
 
 
 @cache
 def _scratch(
-    batch: int,
-    num_q_heads: int,
-    num_kv_heads: int,
-    layout: RecordLayout,
-    device: torch.device,
-    tail: int,
+    batch: int, num_q_heads: int, num_kv_heads: int, layout: RecordLayout, device: torch.device
 ) -> Scratch:
     ratio = num_q_heads // num_kv_heads
     heads = block_heads(layout, ratio)
-    slots = _ctas(layout, heads, device) * (1 + PIECES * (tail > 0))
-    counters = batch * num_kv_heads * -(-ratio // heads) + (tail > 0)
-    return Scratch(slots, heads, layout.head_dim, counters)
-
-
-def _ctas(layout: RecordLayout, heads: int, device: torch.device) -> int:
-    return _processors(device) * shape(layout, heads)[1]
+    ctas = _processors(device) * shape(layout, heads)[1]
+    return Scratch(ctas, heads, layout.head_dim, batch * num_kv_heads * -(-ratio // heads))
 
 
 @cache

@@ -15,7 +15,6 @@
 #include "channels.cuh"
 #include "merge.cuh"
 #include "schedule.cuh"
-#include "tail.cuh"
 
 // Defined by the launcher: WARPS, CTAS of a processor, HEADS of a head block (8 or 16), QUERY.
 constexpr int QUERY_AT = WARPS * RECORD_BYTES;
@@ -23,9 +22,7 @@ constexpr int REGIONS_AT = QUERY_AT + TILES * QUERY_BYTES;  // a warp keeps prob
 constexpr int STATES_AT = REGIONS_AT + WARPS * REGION_BYTES;
 constexpr int BARRIERS_AT = STATES_AT + WARPS * STATE_BYTES;
 constexpr int NOTES_AT = BARRIERS_AT + WARPS * 16;  // of each warp: what it needs once per head block
-constexpr int NOTE_BYTES = TAIL ? 48 : 32;
-constexpr int LINE_AT = NOTES_AT + WARPS * NOTE_BYTES;  // see tail.cuh
-constexpr int SHARED_BYTES = LINE_AT + (TAIL ? TAIL_BYTES : 0);
+constexpr int SHARED_BYTES = NOTES_AT + WARPS * 32;
 static_assert(SHARED_BYTES == EXPECTED_SHARED_BYTES, "the launcher asks for another size");
 static_assert(TILES * STRIP_BYTES <= REGION_BYTES, "the probabilities of a unit fit the region of a warp");
 
@@ -42,10 +39,9 @@ DEVICE void ask_query(Words (&words)[HEADS_OF_WARP], const Element* query, int c
 // The same rotated, times scale, in B-fragment order; heads that do not exist are zero.
 DEVICE void leave_query(u32 to, const Words (&words)[HEADS_OF_WARP], float scale) {
     const int first = late_lane() * CHANNELS;
-    const int warp = (TAIL ? late_thread() : int(threadIdx.x)) / 32;
 #pragma unroll
     for (int h = 0; h < HEADS_OF_WARP; h++) {
-        const int head = warp + h * WARPS;
+        const int head = head_of_warp(h);
         if (HEADS % WARPS && head >= HEADS) break;
         Channels c = channels_of(words[h]);
         rotate(c);
@@ -63,15 +59,7 @@ DEVICE void leave_query(u32 to, const Words (&words)[HEADS_OF_WARP], float scale
 DEVICE int head_of(const Place& at, int ratio) { return at.head * ratio + at.block * HEADS; }
 DEVICE int heads_of(const Place& at, int ratio) { return min(HEADS, ratio - at.block * HEADS); }
 
-// What is noted of the line.
-DEVICE Line line_of(u32 note) {
-    Line line;
-    const uint2 rest = load_shared2(note + 24);
-    line.tail = int(load_shared(note + 12)), line.piece = int(rest.x), line.end = int(rest.y);
-    return line;
-}
-
-// Fixed grid. `counters` [requests * head blocks, and one for a tail] are zero before and after a launch.
+// Fixed grid. `counters` [requests * head blocks] are zero before and after a launch.
 KERNEL void __launch_bounds__(WARPS * 32, CTAS)
 decode_kernel(const Element* query, const u8* cache, const int* table, const int* lengths, Element* out,
               float* lse, float* partials, u32* counters, float scale, int table_stride,
@@ -83,8 +71,7 @@ decode_kernel(const Element* query, const u8* cache, const int* table, const int
     const int lane = threadIdx.x % 32, warp = __shfl_sync(ALL_LANES, int(threadIdx.x) / 32, 0);
     const u32 regions = base + REGIONS_AT, region = regions + warp * REGION_BYTES;
     const u32 states = base + STATES_AT, ready = base + BARRIERS_AT + warp * 16;
-    // slot, origin, size, tail of the line; begins, parts, its piece, its end; end of the share or piece
-    const u32 note = base + NOTES_AT + warp * NOTE_BYTES, line_at = base + LINE_AT;
+    const u32 note = base + NOTES_AT + warp * 32;  // slot, origin, size; begins, parts
     const Slot slot{base + warp * RECORD_BYTES, base + QUERY_AT, region, ready, ready + 8,
                     stream_policy()};
     if (lane == 0) {
@@ -98,13 +85,7 @@ decode_kernel(const Element* query, const u8* cache, const int* table, const int
     Place place;
     const Inverses inverses{inverse_ctas, inverse_columns, inverse_pairs, inverse_blocks};
     const Share share = take_share(batch, inverses, int(blockIdx.x), int(gridDim.x), least, slack, place);
-    if (lane == 0) store_shared4(note, {u32(share.slot), u32(share.origin), u32(share.size),
-                                        TAIL ? u32(share.line.tail) : 0});
-    if constexpr (TAIL)
-        if (lane == 0) {
-            store_shared2(note + 24, {u32(share.line.piece), u32(share.line.end)});
-            store_shared(note + 32, u32(share.end));
-        }
+    if (lane == 0) store_shared4(note, {u32(share.slot), u32(share.origin), u32(share.size), 0});
     __syncwarp();
     Words words[HEADS_OF_WARP];
     const auto ask = [&] {
@@ -128,19 +109,9 @@ decode_kernel(const Element* query, const u8* cache, const int* table, const int
         }
     }
     if (share.begin < share.end) leave_query(slot.query, words, scale);
-    if constexpr (TAIL)
-        if (warp == 0) leave_line(line_at, share.line);
-    int until = share.end;  // of the share, or of the piece after, that this warp fetches from
     u32 parity = 0;
-    for (int at = share.begin; at < until;) {  // units of one head block at a time
-        Segment segment;
-        if constexpr (TAIL) {
-            segment = segment_on_line(int(load_shared(note + 8)), line_of(note), late_grid(),
-                                      int(load_shared(note + 32)), place, at);
-            if (lane == 0) store_shared(note, load_shared(note + 4) + segment.own);
-        } else {
-            segment = segment_at(int(load_shared4(note).z), share.end, place, at);
-        }
+    for (int at = share.begin; at < share.end;) {  // units of one head block at a time
+        const Segment segment = segment_at(int(load_shared4(note).z), share.end, place, at);
         if (lane == 0) store_shared2(note + 16, {u32(segment.begins), u32(segment.parts)});
         __syncthreads();  // the query is there, and all have read regions and states
         State state;
@@ -148,31 +119,13 @@ decode_kernel(const Element* query, const u8* cache, const int* table, const int
         while (fetched < segment.end) {
             const Unit unit = next;
             fetched += WARPS;
-            bool more = fetched < until;
+            const bool more = fetched < share.end;
             if (more) {
                 advance(batch, ahead, WARPS);
                 next = locate(batch, cache, ahead);
-            } else if constexpr (TAIL) {
-                const Line line = line_of(note);
-                if (lane == 0 && line.tail < line.end)
-                    ask_piece(line_at, counters + requests * batch.pairs, line);
             }
-            barrier_wait(slot.key_ready, parity);
-            if constexpr (TAIL)
-                if (!more) {
-                    const Line line = line_of(note);
-                    const int begin = line.tail < line.end ? line.begin_of(await_piece(line_at)) : 0;
-                    if (begin < line.end) {
-                        until = min(line.end, begin + line.piece);
-                        fetched = begin + warp;
-                        more = fetched < until;
-                    }
-                    if (more) {
-                        ahead = place_on_line(line_at, {u32(blocks), inverse_blocks}, pairs, fetched);
-                        next = locate(batch, cache, ahead);
-                    }
-                }
             const bool early = more && !unit.count && !next.count;  // K part free before V part
+            barrier_wait(slot.key_ready, parity);
             if (unit.count) {
                 float scores[EXACT_BLOCKS][TILES][4];
                 score_rows(slot, unit, scores);
@@ -207,27 +160,13 @@ decode_kernel(const Element* query, const u8* cache, const int* table, const int
         const uint2 numbers = load_shared2(note), cut = load_shared2(note + 16);
         const int first = int(numbers.y + cut.x), parts = int(cut.y);
         at = segment.end;
-        bool more = at < (TAIL ? int(load_shared(note + 32)) : share.end), next_piece = false;
+        const bool more = at < share.end;
         if (more) {  // the next query is on its way while warps are merged
             place.index = place.row.units - 1;
             advance(batch, place, 1);
             ask();
-        } else if constexpr (TAIL) {
-            const Line line = line_of(note);
-            if (at < line.end) {  // so each warp had a unit here and knows of the next piece
-                const int begin = line.begin_of(int(look_shared(line_at)));
-                more = next_piece = begin < line.end;
-                if (more) {
-                    at = begin;
-                    place = place_on_line(line_at, {u32(blocks), inverse_blocks}, pairs, at);
-                    if (lane == 0) store_shared(note + 32, u32(min(line.end, at + line.piece)));
-                    ask();
-                }
-            }
         }
         __syncthreads();
-        if constexpr (TAIL)
-            if (next_piece && threadIdx.x == 0) tell_shared(line_at, UNASKED);
 
         for (int i = warp; i < heads; i += WARPS) {
             Sum sum = merge_warps(regions, states, i);
@@ -247,7 +186,7 @@ decode_kernel(const Element* query, const u8* cache, const int* table, const int
             }
             if (__syncthreads_or(last)) {
                 Sum sums[HEADS_OF_WARP];
-                merge_partials(partials + u64(first + slots_of(late_grid())) * PARTIAL,
+                merge_partials(partials + u64(first + late_grid()) * PARTIAL,
                                partials + u64(first + 1) * PARTIAL, parts, heads, sums);
 #pragma unroll
                 for (int i = 0; i < HEADS_OF_WARP; i++)

@@ -8,20 +8,12 @@
 //   columns of one CTA per head block of a request, and a request gets as many columns as it needs
 //   at the least share that makes the columns suffice.
 // - the line: where columns would make shares uneven, the units of all head blocks lie in one line,
-//   and CTA i takes the i-th piece of it. With TAIL > 0 and up to 32 requests, the last TAIL sixteenths
-//   of the line, the tail, are cut finer, and who comes first takes the next piece (tail.cuh).
+//   and CTA i takes the i-th piece of it.
 //
 // Each warp sums the lengths for itself: a launch needs no other.
 #pragma once
 #include "device.cuh"
 #include "layout.cuh"
-
-// Defined by the launcher with a tail: its sixteenths, and units of a warp in a piece, at least.
-#ifndef TAIL
-#define TAIL 0
-#define PIECE 1
-#endif
-constexpr int PIECES = 4;  // of the tail, at most, for each CTA of the grid
 
 // Division of numbers below 2^31 by one whose inverse is known early: 0xffffffff / by.
 struct Divisor {
@@ -67,19 +59,9 @@ struct Place {  // unit `index` of head block `block` of KV head `head` of reque
     Row row;
 };
 
-// Shares are cut from units [0, tail) of the line, then pieces from [tail, end). Without a tail, `tail`
-// is beyond everything and `end` is 0. A lane has the row of a request, whose units end at `stop`.
-struct Line {
-    int tail = 0x7fffffff, end = 0, piece = 1;
-    Row row{0, 0, 0, 0};
-    int stop = 0;
-    DEVICE int begin_of(int number) const { return tail + number * piece; }
-};
-
 struct Share {  // units [begin, end) of the line, or of the head block in columns
     int begin, end, size;  // size is that of every share but the last
     int slot, origin;      // slots of parts: of this share, of the one that begins at unit 0
-    Line line;
 };
 
 DEVICE Ring ring_of(const Row& row) {
@@ -209,7 +191,7 @@ DEVICE Share take_share(const Batch& batch, const Inverses& inverses, int cta, i
     Share share;
     share.slot = cta;
     share.origin = 0;
-    int size = max(least, grid.ceil(total));
+    const int size = max(least, grid.ceil(total));
     if (few && pairs <= ctas &&
         take_column(batch, columns, column, least, size + size * slack / 16, row, all, share, at)) {
         const int pair = cta - column * pairs;
@@ -219,22 +201,9 @@ DEVICE Share take_share(const Batch& batch, const Inverses& inverses, int cta, i
         share.origin += pair * int(columns.by);
         return share;
     }
-    int stop = total;
-    if constexpr (TAIL) {  // whole units for each warp of each share and piece but the last
-        const int even = grid.floor(total / 16 * (16 - TAIL)) / WARPS * WARPS;
-        if (few && even >= least) {
-            size = even;
-            stop = share.line.tail = even * ctas;
-            share.line.end = total;
-            const int piece = grid.ceil(total - stop) / PIECES + 1;
-            share.line.piece = max(PIECE, (piece + WARPS - 1) / WARPS) * WARPS;
-            share.line.row = row;
-            share.line.stop = sum * pairs;
-        }
-    }
     share.size = size;
-    share.begin = min(stop, cta * size);
-    share.end = min(stop, share.begin + size);
+    share.begin = min(total, cta * size);
+    share.end = min(total, share.begin + size);
     if (share.begin >= share.end) return share;
 
     // the lane whose requests hold the first unit, then the request
@@ -282,21 +251,18 @@ DEVICE void advance(const Batch& batch, Place& at, int step) {
 }
 
 // Units [.., end) that a CTA has of the head block at `place`. The block is left in `parts` parts, in
-// slots that follow one another from share.origin + begins on. With a tail, own is this one's slot.
+// slots that follow one another from share.origin + begins on.
 struct Segment {
-    int end, begins, parts, own;
+    int end, begins, parts;
 };
 
 DEVICE Segment segment_at(int size, int share_end, const Place& place, int at) {
     const int start = at - place.index, stop = start + place.row.units;
     const Divisor by = divisor(size);
     const int begins = by.floor(start);
-    return {min(share_end, stop), begins, by.floor(stop - 1) - begins + 1, 0};
+    return {min(share_end, stop), begins, by.floor(stop - 1) - begins + 1};
 }
 
 // A CTA may continue a head block and begin another, so first parts have places of their own behind
-// the slots of shares and pieces.
-DEVICE int slots_of(int ctas) { return TAIL ? (1 + PIECES) * ctas : ctas; }
-DEVICE int place_of(int slot, int first, int ctas) {
-    return slot + (slot == first ? slots_of(ctas) : 0);
-}
+// the slots of the grid.
+DEVICE int place_of(int slot, int first, int ctas) { return slot + (slot == first ? ctas : 0); }
