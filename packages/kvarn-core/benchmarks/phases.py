@@ -14,6 +14,7 @@ import dataclasses
 import shutil
 import sys
 import tempfile
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -27,6 +28,8 @@ from kvarn_core.testing.workload import lengths, random_cache, record_tables
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
+
+    from kvarn_core.ops.decode.shapes import Shape
 
 HEAD, ARGUMENT = "KERNEL void", "u32 inverse_blocks) {"
 MACRO = """
@@ -135,10 +138,16 @@ def main(line: Sequence[str] | None = None) -> int:
     device = torch.device("cuda", 0)
     layout = RecordLayout(PRESETS[options.preset], 128)
     stamps = torch.zeros(CTAS, 8, dtype=torch.int64, device=device)
-    with tempfile.TemporaryDirectory() as folder:
-        variant = stamped(cuda.variant(layout, torch.float16), Path(folder) / "decode")
-        kernel = Stamping(nvrtc.load(variant, device), stamps)
-    cuda._kernel = lambda *_: kernel  # type: ignore[assignment]
+
+    @cache
+    def kernel(
+        layout: RecordLayout, dtype: torch.dtype, shape: Shape, device: torch.device
+    ) -> Stamping:
+        with tempfile.TemporaryDirectory() as folder:
+            variant = stamped(cuda.variant(layout, dtype, shape), Path(folder) / "decode")
+            return Stamping(nvrtc.load(variant, device), stamps)
+
+    cuda._kernel = kernel  # type: ignore[assignment]
     flush = torch.empty(256 << 20, dtype=torch.uint8, device=device)
     for batch, context in SHAPES:
         launch(layout, batch, context, flush)

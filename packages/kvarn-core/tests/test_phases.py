@@ -12,9 +12,11 @@ import torch
 from kvarn_core import nvrtc
 from kvarn_core.layout import RecordLayout
 from kvarn_core.ops.decode import cuda
+from kvarn_core.ops.decode.shapes import shapes
 from kvarn_core.spec import PRESETS
 
 MAIN = RecordLayout(PRESETS["kvarn_k4v2_g128"], 128)
+SHAPE = shapes(MAIN)[0]
 
 
 @pytest.fixture
@@ -25,14 +27,14 @@ def phases(monkeypatch: pytest.MonkeyPatch) -> Any:
 
 @pytest.mark.compile
 def test_the_kernel_compiles_with_stamps(phases: Any, tmp_path: Path) -> None:
-    served = cuda.variant(MAIN, torch.float16)
+    served = cuda.variant(MAIN, torch.float16, SHAPE)
     variant = phases.stamped(served, tmp_path / "decode")
     assert len(variant.arguments) == len(served.arguments) + 1
     assert nvrtc.compile(variant.program) != nvrtc.compile(served.program)
 
 
 def test_every_stamp_has_a_line_of_its_own(phases: Any, tmp_path: Path) -> None:
-    variant = phases.stamped(cuda.variant(MAIN, torch.float16), tmp_path / "decode")
+    variant = phases.stamped(cuda.variant(MAIN, torch.float16, SHAPE), tmp_path / "decode")
     text = variant.program.source.read_text(encoding="utf-8")
     assert [f"STAMP({i})" in text for i in range(len(phases.PHASES))] == [True] * 8
 
@@ -42,7 +44,7 @@ def test_a_line_that_is_gone_is_named(
 ) -> None:
     monkeypatch.setitem(phases.STAMPS, "first record", "no such line")
     with pytest.raises(ValueError, match="0 lines 'no such line'"):
-        phases.stamped(cuda.variant(MAIN, torch.float16), tmp_path / "decode")
+        phases.stamped(cuda.variant(MAIN, torch.float16, SHAPE), tmp_path / "decode")
 
 
 def test_times_count_from_the_first_start_and_idle_ctas_do_not(phases: Any) -> None:

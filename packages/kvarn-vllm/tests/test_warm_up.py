@@ -82,6 +82,7 @@ def serve(path: Batched, new: list[int], contexts: list[int], columns: int, laye
 
 STEPS = [
     ([1], [0]),
+    ([1] * 6, [500] * 6),
     ([1] * 16, list(range(400, 416))),
     ([1] * 17, [999] * 17),
     ([16], [0]),
@@ -98,7 +99,7 @@ def in_cuda(launches: set[str], monkeypatch: Any) -> set[str]:
     from kvarn_core.ops.store import cuda as store
 
     monkeypatch.setattr("kvarn_core.dispatch._cuda_obstacle", lambda device: None)
-    monkeypatch.setattr(decode, "_processors", lambda device: 132)
+    monkeypatch.setattr(decode, "_processors", lambda device: 8)  # so that few requests are many
     forms: set[str] = set()
 
     class Kernel:
@@ -132,6 +133,7 @@ def test_serving_in_cuda_compiles_nothing_new(
 ) -> None:
     warm = warm_and_serve(preset, "cuda", in_cuda, monkeypatch)
     assert {name.split("-")[0] for name in warm} == {"rows", "seal", "decode"}
+    assert sum(name.startswith("decode") for name in warm) == 3, "three sizes of CTAs"
 
 
 def warm_and_serve(preset: str, engine: str, launches: set[str], monkeypatch: Any) -> set[str]:

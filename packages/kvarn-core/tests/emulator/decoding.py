@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
     from kvarn_core.layout import RecordLayout
     from kvarn_core.nvrtc import Variant
+    from kvarn_core.ops.decode.shapes import Shape
 
 ROUNDING = 4e-3  # fp16 queries, folded scales and probabilities; 4-bit codes lose 20 times as much
 
@@ -45,9 +46,9 @@ class Emulated:
         self.cache: torch.Tensor
 
     def _kernel(
-        self, layout: RecordLayout, dtype: torch.dtype, heads: int, device: torch.device
+        self, layout: RecordLayout, dtype: torch.dtype, shape: Shape, device: torch.device
     ) -> EmulatedKernel:
-        variant = self.changed(cuda.variant(layout, dtype, heads, magic=self.magic))
+        variant = self.changed(cuda.variant(layout, dtype, shape, magic=self.magic))
         return EmulatedKernel(variant, [self.cache], self.seed)
 
     def decode(

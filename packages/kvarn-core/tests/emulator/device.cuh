@@ -116,6 +116,20 @@ DEVICE u32 __ballot_sync(u32 mask, int x) {
         for (int i = 0; i < 32; i++) *out[i] = all;
     });
 }
+template <class Add> static inline int emulated_reduction(const char* name, u32 mask, int x, Add add) {
+    if (mask != ALL_LANES) emulator::machine.fail("part of a warp meets");
+    return emulator::machine.warp<int>(name, x, [add](const int* const* in, int* const* out) {
+        int all = *in[0];
+        for (int i = 1; i < 32; i++) all = add(all, *in[i]);
+        for (int i = 0; i < 32; i++) *out[i] = all;
+    });
+}
+DEVICE int __reduce_add_sync(u32 mask, int x) {
+    return emulated_reduction(__func__, mask, x, [](int a, int b) { return a + b; });
+}
+DEVICE int __reduce_max_sync(u32 mask, int x) {
+    return emulated_reduction(__func__, mask, x, [](int a, int b) { return std::max(a, b); });
+}
 DEVICE int __any_sync(u32 mask, int x) { return __ballot_sync(mask, x) != 0; }
 DEVICE int __all_sync(u32 mask, int x) { return __ballot_sync(mask, x) == ALL_LANES; }
 

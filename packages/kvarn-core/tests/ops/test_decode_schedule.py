@@ -45,6 +45,7 @@ class Batch(NamedTuple):
     blocks: int
     ctas: int
     warps: int
+    least: int
     slack: int
 
     @property
@@ -70,8 +71,8 @@ def _draw(layout: RecordLayout, random: np.random.Generator) -> Batch:
     table[:, HIT_COLUMN] = np.where(random.random(size) < 0.3, random.integers(0, 40, size), 0)
     heads, blocks, ctas, warps = (int(random.integers(1, n)) for n in (5, 4, 80, 6))
     ctas = 132 if random.random() < 0.2 else ctas
-    slack = int(random.choice([0, 2, 4, 16]))
-    return Batch(lengths, table, heads, blocks, ctas, warps, slack)
+    least, slack = int(random.integers(1, 7)), int(random.choice([0, 1, 4, 40]))
+    return Batch(lengths, table, heads, blocks, ctas, warps, least, slack)
 
 
 def _run(
@@ -85,7 +86,7 @@ def _run(
     arrays = (batch.table, batch.lengths, units, segments, counts)
     kernel.launch(
         (batch.ctas, 1, 1), *(x.ctypes.data for x in arrays), batch.table.shape[1],
-        len(batch.lengths), batch.kv_heads, batch.blocks, batch.warps, batch.slack,
+        len(batch.lengths), batch.kv_heads, batch.blocks, batch.least, batch.slack,
         batch.warps, *inverses(batch.ctas, batch.kv_heads, batch.blocks),
     )  # fmt: skip
     return units[: counts[0]], segments[: counts[1]]
@@ -178,7 +179,7 @@ def _check(layout: RecordLayout, batch: Batch, units: np.ndarray, segments: np.n
 def _shares(batch: Batch, units: np.ndarray) -> tuple[list[int], bool]:
     """Units of each CTA, and whether it is in a column. `units` are those of one head block."""
     total = int(units.sum()) * batch.pairs
-    line = max(batch.warps, -(-total // batch.ctas))
+    line = max(batch.least, -(-total // batch.ctas))
     columns = _columns(batch, units, line)
     if columns is None:
         full, rest = divmod(total, line)
@@ -193,12 +194,10 @@ def _shares(batch: Batch, units: np.ndarray) -> tuple[list[int], bool]:
 
 def _columns(batch: Batch, units: np.ndarray, line: int) -> tuple[int, np.ndarray] | None:
     """Share and columns of each request, if 32 requests or fewer fit in the columns."""
-    there, most = batch.ctas // batch.pairs, line + line * batch.slack // 16
+    there, most = batch.ctas // batch.pairs, line + batch.slack
     if len(units) > 32 or not there:
         return None
-    least = max(batch.warps, -(-int(units.sum()) // there))
-    step = max(most - least, 0) // 32 + 1 if len(units) > 1 else 1
-    for size in range(least, min(most, least + 31 * step) + 1, step):
+    for size in range(batch.least, most + 1):
         needed = -(-units // size)
         if needed.sum() <= there:
             return size, needed

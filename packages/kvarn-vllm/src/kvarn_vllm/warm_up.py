@@ -2,7 +2,7 @@
 
 A kernel that is first needed while serving would be compiled there, for seconds, and its module
 would take memory that nobody counted. The calls below are those of `batched` and `prefill` in
-their variants, on one padded row, which every op skips.
+their variants, on padded rows, which every op skips.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from kvarn_core.ops.decode import decode
+from kvarn_core.ops.decode import decode, warm_up_batches
 from kvarn_core.ops.gather import gather, rotate_rows
 from kvarn_core.ops.store import append, seal, write_sink
 from kvarn_vllm.streams import beside
@@ -50,11 +50,15 @@ def warm_up(path: Batched, dtype: torch.dtype, device: torch.device) -> None:
         write_sink(*rows, **common)
         with beside(partial(seal, *rows, recipe=path.recipe, **common), device):
             append(*rows, **common)
-    scratch, lse = workspace.decode(1)
-    decode(
-        query, cache, table, nothing, layout=layout, sm_scale=path.scale,
-        out=torch.empty_like(query), lse=lse, workspace=scratch, engine=path.engine,
-    )  # fmt: skip
+    heads = workspace.num_q_heads, kv_heads
+    for requests in warm_up_batches(workspace.max_requests, *heads, layout, device, path.engine):
+        scratch, lse = workspace.decode(requests)
+        queries = query.new_zeros(requests, *query.shape[1:])
+        decode(
+            queries, cache, table.expand(requests, -1), nothing.expand(requests).contiguous(),
+            layout=layout, sm_scale=path.scale, out=torch.empty_like(queries), lse=lse,
+            workspace=scratch, engine=path.engine,
+        )  # fmt: skip
 
     old_key, old_value = workspace.context(1, dtype)
     gather(

@@ -130,6 +130,36 @@ def workspace_bytes(batch: int, num_q_heads: int, num_kv_heads: int, layout: Rec
     return nbytes
 
 
+def warm_up_batches(
+    batch: int,
+    num_q_heads: int,
+    num_kv_heads: int,
+    layout: RecordLayout,
+    device: torch.device,
+    engine: str | None = None,
+) -> list[int]:
+    """Return numbers of requests which together make `decode` compile all that it ever will.
+
+    Parameters
+    ----------
+    batch : int
+        Largest number of requests in one call.
+    num_q_heads, num_kv_heads : int
+        Heads of the query and of the cache.
+    layout : RecordLayout
+        Byte layout of the preset.
+    device : torch.device
+        Where the cache lies.
+    engine : str, optional
+        As for `decode`.
+    """
+    if dispatch.select(device, layout, engine, kernels=("triton", "cuda")) != "cuda":
+        return [1]
+    from kvarn_core.ops.decode import cuda
+
+    return cuda.warm_up_batches(batch, num_q_heads, num_kv_heads, layout, device)
+
+
 def codes_in_cuda() -> str:
     """Say how the cuda engine makes codes on the current GPU, after a test of its tensor cores.
 

@@ -17,6 +17,7 @@ import torch
 from kvarn_core import nvrtc
 from kvarn_core.layout import HEAD_DIMS, RecordLayout
 from kvarn_core.layout_header import HEADER_NAME, layout_header
+from kvarn_core.ops.decode.shapes import HEADS, WIDE_HEADS, Shape, block_heads, shape_for, shapes
 from kvarn_core.spec import PRESETS
 
 if TYPE_CHECKING:
@@ -25,24 +26,11 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 HERE = Path(__file__).parent
-HEADS, WIDE_HEADS = 8, 16  # query heads of a head block; as many as are read in one pass
 LOG2_E = 1.4426950408889634
 DTYPES = {torch.float16: ("fp16", 0), torch.bfloat16: ("bf16", 1), torch.float32: ("fp32", 2)}
 ARGUMENTS = ("pointer",) * 8 + ("f32",) + ("i32",) * 10 + ("u32",) * 4
-UNITS_PER_WARP = 1  # least share of a CTA: more means fewer partials, later
-SLACK = 1  # sixteenths by which shares may grow to give every head block whole CTAs
-
-# warps of a CTA and CTAs of a processor, by head_dim and bits; what shared memory holds
-SHAPES = {
-    (64, 4, 2): (4, 4), (64, 4, 4): (4, 4), (64, 2, 2): (4, 4),
-    (128, 4, 2): (4, 3), (128, 4, 4): (5, 2), (128, 2, 2): (4, 3),
-    (256, 4, 2): (3, 2), (256, 4, 4): (5, 1), (256, 2, 2): (4, 2),
-}  # fmt: skip
-# the same with 16 heads, which take up to 255 registers per thread; at D 256 that would not do
-WIDE_SHAPES = {
-    (64, 4, 2): (4, 2), (64, 4, 4): (4, 2), (64, 2, 2): (4, 2),
-    (128, 4, 2): (4, 2), (128, 4, 4): (4, 2), (128, 2, 2): (4, 2),
-}  # fmt: skip
+LEAST = 4  # units of a share, one for each quarter of a processor: more means fewer partials, later
+SLACK = 4  # units of a warp by which shares may grow to give every head block whole CTAs
 
 
 @dataclass(frozen=True)
@@ -52,7 +40,7 @@ class Scratch:
     Parameters
     ----------
     ctas : int
-        CTAs of the grid.
+        CTAs of the largest grid.
     heads : int
         Query heads of a head block.
     head_dim : int
@@ -99,18 +87,21 @@ def decode(
     heads = block_heads(layout, ratio)
     blocks = -(-ratio // heads)
     scratch = _scratch(batch, num_q_heads, num_kv_heads, layout, query.device)
+    processors = _processors(query.device)
+    shape = shape_for(layout, heads, batch * num_kv_heads * blocks, processors)
+    ctas = processors * shape.ctas
     if workspace is None:
         workspace = torch.zeros(scratch.nbytes, dtype=torch.uint8, device=query.device)
     partials = workspace.data_ptr()
-    kernel = _kernel(layout, query.dtype, heads, query.device)
+    kernel = _kernel(layout, query.dtype, shape, query.device)
     kernel.launch(
-        (scratch.ctas, 1, 1),
+        (ctas, 1, 1),
         query.data_ptr(), cache.data_ptr(), page_table.data_ptr(), seq_lens.data_ptr(),
         out.data_ptr(), lse.data_ptr(), partials, partials + scratch.partial_bytes,
         sm_scale * LOG2_E, page_table.stride(0), query.stride(0), out.stride(0), batch,
         num_kv_heads, ratio, blocks, num_kv_heads * blocks,
-        UNITS_PER_WARP * shape(layout, heads)[0], SLACK,
-        *inverses(scratch.ctas, num_kv_heads, blocks),
+        LEAST, SLACK * shape.warps,
+        *inverses(ctas, num_kv_heads, blocks),
     )  # fmt: skip
 
 
@@ -128,6 +119,18 @@ def workspace_bytes(
     return _scratch(batch, num_q_heads, num_kv_heads, layout, device).nbytes
 
 
+def warm_up_batches(
+    batch: int, num_q_heads: int, num_kv_heads: int, layout: RecordLayout, device: torch.device
+) -> list[int]:
+    """See `kvarn_core.ops.decode.warm_up_batches`: the smallest batch of every size of CTAs."""
+    ratio = num_q_heads // num_kv_heads
+    heads = block_heads(layout, ratio)
+    pairs, processors = num_kv_heads * -(-ratio // heads), _processors(device)
+    larger = shapes(layout, heads)[:-1]
+    firsts = {1, *(processors * shape.ctas // pairs + 1 for shape in larger)}
+    return sorted(first for first in firsts if first <= batch)
+
+
 def has_kernels(layout: RecordLayout) -> bool:
     """Whether the kernel can run on the current GPU, its packages apart."""
     if layout.preset.is_debug or not torch.cuda.is_available():
@@ -135,27 +138,8 @@ def has_kernels(layout: RecordLayout) -> bool:
     return torch.cuda.get_device_capability() == nvrtc.CAPABILITY
 
 
-def block_heads(layout: RecordLayout, ratio: int) -> int:
-    """Heads of a head block for a GQA ratio: 16 where more than 8 can share a record."""
-    return WIDE_HEADS if ratio > HEADS and layout.head_dim in (64, 128) else HEADS
-
-
-def shape(layout: RecordLayout, heads: int = HEADS) -> tuple[int, int]:
-    """Warps of a CTA, and CTAs that one processor holds at once."""
-    shapes = SHAPES if heads == HEADS else WIDE_SHAPES
-    return shapes[layout.head_dim, layout.preset.key_bits, layout.preset.value_bits]
-
-
-def shared_bytes(layout: RecordLayout, heads: int = HEADS) -> int:
-    """Shared memory of a CTA: records, query, outputs and states, barriers and notes of warps."""
-    warps, _ = shape(layout, heads)
-    region = heads * (layout.head_dim + 4) * 4
-    query = 2 * heads * layout.head_dim
-    return warps * (layout.record_bytes + region + heads * 8 + 48) + query
-
-
 def variant(
-    layout: RecordLayout, dtype: torch.dtype, heads: int = HEADS, *, magic: bool = False
+    layout: RecordLayout, dtype: torch.dtype, shape: Shape, *, magic: bool = False
 ) -> nvrtc.Variant:
     """The compiled form for a layout and a query dtype.
 
@@ -165,39 +149,40 @@ def variant(
         Byte layout of the preset.
     dtype : torch.dtype
         Of query and output: a key of `DTYPES`.
-    heads : int
-        Of a head block; see `block_heads`.
+    shape : Shape
+        Sizes of CTAs and head blocks.
     magic : bool
         Make codes with an exponent instead of as subnormals.
     """
-    warps, ctas = shape(layout, heads)
-    shared = shared_bytes(layout, heads)
+    shared = shape.shared_bytes(layout)
     name, number = DTYPES[dtype]
     defines = {
-        "WARPS": warps, "CTAS": ctas, "HEADS": heads, "QUERY": number,
+        "WARPS": shape.warps, "CTAS": shape.ctas, "HEADS": shape.heads, "QUERY": number,
         "EXPECTED_SHARED_BYTES": shared, **({"KVARN_MAGIC": 1} if magic else {}),
     }  # fmt: skip
     program = nvrtc.Program(
         "decode_kernel", HERE / "decode.cu", {HEADER_NAME: layout_header(layout)}, defines
     )
     words = ["decode", layout.preset.name[6:], f"d{layout.head_dim}", name]
-    words += ["wide"] * (heads > HEADS) + ["magic"] * magic
-    return nvrtc.Variant("-".join(words), program, ARGUMENTS, warps * 32, ctas, shared)
+    words += ["wide"] * (shape.heads > HEADS) + [f"{shape.ctas}x{shape.warps}"] + ["magic"] * magic
+    return nvrtc.Variant("-".join(words), program, ARGUMENTS, shape.warps * 32, shape.ctas, shared)
 
 
 def variants() -> Iterator[nvrtc.Variant]:
     """Every compiled form of the kernel; see `kvarn_core.nvrtc`."""
     for preset in PRESETS.values():
         for dim in HEAD_DIMS:
-            for magic in (False, True):
-                yield variant(RecordLayout(preset, dim), torch.float16, magic=magic)
-        for dim in (64, 128):
-            yield variant(RecordLayout(preset, dim), torch.float16, WIDE_HEADS)
+            layout = RecordLayout(preset, dim)
+            for heads in (HEADS, WIDE_HEADS)[: 1 + (dim < 256)]:
+                for shape in shapes(layout, heads):
+                    yield variant(layout, torch.float16, shape)
+            yield variant(layout, torch.float16, shapes(layout)[-1], magic=True)
     main = RecordLayout(PRESETS["kvarn_k4v2_g128"], 128)
     for dtype in (torch.bfloat16, torch.float32):
-        yield variant(main, dtype)
-    yield variant(main, torch.bfloat16, WIDE_HEADS)
-    yield variant(main, torch.float16, WIDE_HEADS, magic=True)
+        yield variant(main, dtype, shapes(main)[-1])
+    wide = shapes(main, WIDE_HEADS)[-1]
+    yield variant(main, torch.bfloat16, wide)
+    yield variant(main, torch.float16, wide, magic=True)
 
 
 @cache
@@ -224,12 +209,12 @@ def subnormals_are_exact(device: torch.device) -> bool:
 
 @cache
 def _kernel(
-    layout: RecordLayout, dtype: torch.dtype, heads: int, device: torch.device
+    layout: RecordLayout, dtype: torch.dtype, shape: Shape, device: torch.device
 ) -> nvrtc.Kernel:
     if dtype not in DTYPES:
         raise ValueError(f"query has dtype {dtype}. Pass fp16, bf16 or fp32.")
     magic = not subnormals_are_exact(device)
-    return nvrtc.load(variant(layout, dtype, heads, magic=magic), device)
+    return nvrtc.load(variant(layout, dtype, shape, magic=magic), device)
 
 
 @cache
@@ -238,7 +223,7 @@ def _scratch(
 ) -> Scratch:
     ratio = num_q_heads // num_kv_heads
     heads = block_heads(layout, ratio)
-    ctas = _processors(device) * shape(layout, heads)[1]
+    ctas = _processors(device) * shapes(layout, heads)[-1].ctas
     return Scratch(ctas, heads, layout.head_dim, batch * num_kv_heads * -(-ratio // heads))
 
 

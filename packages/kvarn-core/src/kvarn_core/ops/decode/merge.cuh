@@ -113,7 +113,7 @@ DEVICE Channels load_partial(const float* from) {
 // some 64 registers.
 constexpr int HEADS_OF_WARP = (HEADS + WARPS - 1) / WARPS;
 constexpr int FLOATS = HEADS_OF_WARP * CHANNELS;  // of a lane for one part
-constexpr int AT_ONCE = FLOATS <= 8 ? 8 : FLOATS <= 16 ? 4 : 2;
+constexpr int AT_ONCE = FLOATS == CHANNELS && FLOATS <= 4 ? 16 : FLOATS <= 8 ? 8 : FLOATS <= 16 ? 4 : 2;
 constexpr int WEIGHED = 2;  // parts that a lane weighs at a time
 static_assert(32 * WEIGHED % AT_ONCE == 0, "parts in flight have a weight, if only zero");
 

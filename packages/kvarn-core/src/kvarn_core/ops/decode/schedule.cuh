@@ -25,6 +25,8 @@ struct Divisor {
     DEVICE int ceil(int x) const { return floor(x + int(by) - 1); }
 };
 DEVICE Divisor divisor(int n) { return {u32(n), 0xffffffffu / u32(n)}; }
+// The same sooner, for numbers below 2^22: the quotient of floats, below 2^32 / n, is near enough.
+DEVICE Divisor small_divisor(int n) { return {u32(n), u32(4294966784.0f / float(n))}; }
 
 struct Batch {
     const int* table;
@@ -125,38 +127,44 @@ DEVICE Row row_of_lane(const Row& row, int lane) {
             __shfl_sync(ALL_LANES, row.sink, lane), __shfl_sync(ALL_LANES, row.units, lane)};
 }
 
+// Columns that all requests need at a share of `size`; lanes hold the units of up to 32 requests.
+DEVICE int columns_at(int size, int units) {
+    return __reduce_add_sync(ALL_LANES, small_divisor(size).ceil(units));
+}
+
 // The least share up to `most` at which all requests fit in the columns, and the share of a CTA then.
-// Lanes hold the rows of up to 32 requests; each tries another size. False if none does.
+// Lanes hold the rows of up to 32 requests, `all` units together. False if no share does.
 DEVICE bool take_column(const Batch& batch, const Divisor& columns, int column, int least, int most,
-                        const Row& row, int units, Share& share, Place& at) {
-    const int lane = threadIdx.x % 32, requests = batch.requests;
-    const int smallest = max(least, columns.ceil(units));
-    if (smallest > most) return false;
-    int part = column, owner = 0;
-    share.size = smallest;
-    if (requests > 1) {
-        const Divisor mine = divisor(smallest + lane * ((most - smallest) / 32 + 1));
-        int needed = 0;
-#pragma unroll 4
-        for (int i = 0; i < requests; i++)
-            needed += mine.ceil(__shfl_sync(ALL_LANES, row.units, i));
-        const u32 fits = __ballot_sync(ALL_LANES, needed <= int(columns.by) && int(mine.by) <= most);
-        if (!fits) return false;
-        const int best = __ffs(int(fits)) - 1;
-        const Divisor chosen{__shfl_sync(ALL_LANES, mine.by, best),
-                             __shfl_sync(ALL_LANES, mine.inverse, best)};
-        share.size = int(chosen.by);
-        const int own = chosen.ceil(row.units), stop = scan(own);
+                        const Row& row, int all, Share& share, Place& at) {
+    const int there = int(columns.by);
+    int low = max(least, columns.ceil(all)), high = most, part = column, owner = 0;
+    if (low > high) return false;
+    if (batch.requests > 1) {
+        const int each = small_divisor(batch.requests).floor(there);  // with as many for each request
+        if (each) {
+            const int longest = __reduce_max_sync(ALL_LANES, row.units);
+            high = min(high, max(low, small_divisor(each).ceil(longest)));
+        }
+        if (high == most && columns_at(high, row.units) > there) return false;
+        while (low < high) {
+            const int middle = (low + high) / 2;
+            if (columns_at(middle, row.units) > there)
+                low = middle + 1;
+            else
+                high = middle;
+        }
+        const int own = small_divisor(low).ceil(row.units), stop = scan(own);
         const u32 behind = __ballot_sync(ALL_LANES, stop > column);
         owner = behind ? __ffs(int(behind)) - 1 : 31;
         part = column - __shfl_sync(ALL_LANES, stop - own, owner);
     }
+    share.size = low;
     at.request = owner;
     at.row = row_of_lane(row, owner);
     at.index = part * share.size;
     share.slot = column;
     share.origin = column - part;
-    share.end = column < int(columns.by) ? at.row.units : 0;
+    share.end = column < there ? at.row.units : 0;
     share.begin = min(share.end, at.index);
     share.end = min(share.end, at.index + share.size);
     return true;
@@ -164,7 +172,7 @@ DEVICE bool take_column(const Batch& batch, const Divisor& columns, int column, 
 
 // The share of a CTA and the place where it begins; whole warps call it. If the share is empty, the
 // place is not set. Shares have at least `least` units; in columns they are larger than on the line by
-// up to `slack` sixteenths.
+// up to `slack` units.
 DEVICE Share take_share(const Batch& batch, const Inverses& inverses, int cta, int ctas, int least,
                         int slack, Place& at) {
     const int lane = threadIdx.x % 32, requests = batch.requests, pairs = batch.pairs;
@@ -193,7 +201,7 @@ DEVICE Share take_share(const Batch& batch, const Inverses& inverses, int cta, i
     share.origin = 0;
     const int size = max(least, grid.ceil(total));
     if (few && pairs <= ctas &&
-        take_column(batch, columns, column, least, size + size * slack / 16, row, all, share, at)) {
+        take_column(batch, columns, column, least, size + slack, row, all, share, at)) {
         const int pair = cta - column * pairs;
         at.head = by_blocks.floor(pair);
         at.block = pair - at.head * batch.blocks;
