@@ -85,7 +85,12 @@ QUICK = [
     Case(64, 4096, rivals=(FLASH16, FLASH8)),
     Case(32, 16_384),
 ]
-_MAIN = [Case(batch, context) for context in (1024, 4096, 16_384) for batch in (1, 8, 32, 64)]
+_MAIN = [
+    Case(batch, context)
+    for context in (1024, 4096, 16_384)
+    for batch in (1, 4, 8, 16, 32, 64, 128)
+    if batch * context <= 64 * 16_384
+]
 _BUSY = Case(32, 16_384, rivals=(FLASH16,))
 FULL = [
     *_MAIN,

@@ -27,6 +27,7 @@ SHAPES = [  # preset, head dimension, KV heads, query heads per KV head
 ]
 LENGTHS = [1, 127, 128, 129, 257, 511]
 NEW = [1, 127, 64, 129, 130, 2]  # new tokens of each request in a step with prefills
+COPIES = [1, 15, 30]  # of all requests in a decode step: one CTA for each processor, two, three
 DEVICE = torch.device("cpu" if os.environ.get("TRITON_INTERPRET") == "1" else "cuda")
 
 
@@ -51,10 +52,11 @@ def run(layout: RecordLayout, heads: int, ratio: int, engine: str) -> None:
         write_sink(*where, layout=layout, engine=engine, max_query_len=max(news))
         seal(*where, layout=layout, engine=engine, layer=1, max_query_len=max(news))
         append(*where, layout=layout, engine=engine, max_query_len=max(news))
-    query = torch.randn(
-        len(LENGTHS), heads * ratio, layout.head_dim, dtype=torch.float16, device=DEVICE
-    )
-    decode(query, cache, table, lens, layout=layout, sm_scale=0.1, engine=engine)
+    for copies in COPIES:
+        shape = (copies * len(LENGTHS), heads * ratio, layout.head_dim)
+        query = torch.randn(shape, dtype=torch.float16, device=DEVICE)
+        where = query, cache, table.repeat(copies, 1), lens.repeat(copies)
+        decode(*where, layout=layout, sm_scale=0.1, engine=engine)
     gather(cache, table, lens, lens - 1, layout=layout, engine=engine)
     rotate_rows(query, engine=engine)
     tiles = torch.randn(2, 3, layout.group, layout.head_dim, device=DEVICE)
