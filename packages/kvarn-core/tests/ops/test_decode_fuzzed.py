@@ -8,8 +8,9 @@ the CPU the reference is held against another fill of the cache, which shows tha
 
 from __future__ import annotations
 
+import copy
 import random
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import pytest
 import torch
@@ -44,6 +45,12 @@ class Batch:
         scale = self.query.shape[-1] ** -0.5
         layout = self.paging.layout
         return decode(*where, lengths, layout=layout, sm_scale=scale, engine=engine)
+
+    def on(self, device: torch.device) -> Batch:
+        """The same on another device."""
+        paging = copy.copy(self.paging)
+        paging.cache, paging.page_table = paging.cache.to(device), paging.page_table.to(device)
+        return replace(self, paging=paging, query=self.query.to(device))
 
     def __str__(self) -> str:
         layout, heads = self.paging.layout, self.paging.cache.shape[1]
@@ -108,9 +115,10 @@ def store(paging: Paging, lengths: list[int], seed: int, device: torch.device) -
 
 
 def faults(batch: Batch, found: tuple[torch.Tensor, torch.Tensor]) -> list[str]:
-    """What is wrong with an output and its log-sum-exp, a line for each request."""
+    """What is wrong with an output and its log-sum-exp, a line for each request; on the CPU."""
     unit = 2.0**-8 if batch.query.dtype == torch.bfloat16 else 0.0
-    (got, lse), (want, true_lse) = found, batch.decode("reference")
+    cpu = torch.device("cpu")  # many small steps, for which a GPU shared by many tests is slow
+    (got, lse), (want, true_lse) = (x.to(cpu) for x in found), batch.on(cpu).decode("reference")
     lines = []
     for i, length in enumerate(batch.lengths):
         if not length:
