@@ -71,8 +71,9 @@ def decode(
     Notes
     -----
     With `out`, `lse` and `workspace` given, the kernels allocate nothing, read nothing back to the
-    host and can be captured in a CUDA graph; the cuda engine after a first call. Results depend on
-    the batch in the last bits, because it decides how a request is split.
+    host and can be captured in a CUDA graph; the cuda engine after a call with each number of
+    requests in `warm_up_batches`. Results depend on the batch in the last bits, because it decides
+    how a request is split.
 
     References
     ----------
