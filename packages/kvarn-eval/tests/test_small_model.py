@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import json
 import sysconfig
@@ -13,6 +14,7 @@ import torch
 
 from kvarn_eval.small_model import corpus, tokenizer
 from kvarn_eval.small_model.evaluate import exact_match
+from kvarn_eval.small_model.headroom import LIMIT, largest_activation, with_headroom
 from kvarn_eval.small_model.model import GrowingCache, ModelConfig, SmallModel, generate
 from kvarn_eval.small_model.tasks import FAMILIES, grade, make_item, trained
 
@@ -42,6 +44,31 @@ def tiny() -> SmallModel:
         for weight in model.parameters():
             weight.normal_(std=0.15) if weight.ndim == 2 else weight.uniform_(0.5, 2)
     return model
+
+
+# --- headroom in fp16
+
+
+def test_headroom_changes_activations_and_not_the_function(tiny: SmallModel) -> None:
+    with torch.no_grad():  # a last layer that writes a hundred thousand
+        tiny = copy.deepcopy(tiny)
+        tiny.model.layers[-1].mlp.up_proj.weight *= 10_000
+    scaled, ids = with_headroom(tiny), some_ids(60)
+    want = tiny(ids)
+    torch.testing.assert_close(scaled(ids), want, rtol=1e-4, atol=1e-4 * float(want.abs().max()))
+    assert largest_activation(tiny, ids) > 65_504
+    assert not tiny.half()(ids).isfinite().all()
+    assert largest_activation(scaled, ids) < 65_504
+    assert scaled.half()(ids).isfinite().all()
+
+
+@pytest.mark.parametrize("family", trained(PUBLISHED))
+def test_the_published_model_has_headroom(family: str) -> None:
+    """Prompts as well, where no token can be guessed and nothing was learnt."""
+    items = [make_item(family, seed) for seed in range(3)]
+    model = SmallModel.load(PUBLISHED)
+    rows = [torch.tensor(tokenizer.encode(item.prompt + item.answer)) for item in items]
+    assert max(largest_activation(model, row) for row in rows) < LIMIT
 
 
 # --- program text
@@ -203,7 +230,7 @@ def published() -> SmallModel:
 
 
 def test_the_published_model_keeps_its_promises(published: SmallModel) -> None:
-    assert published.config == ModelConfig()
+    assert published.config == with_headroom(SmallModel(ModelConfig())).config
     assert 5e6 <= sum(p.numel() for p in published.parameters()) <= 15e6
     assert published.config.vocab_size <= 512
     weights = PUBLISHED / "model.safetensors"

@@ -28,6 +28,7 @@ from torch import Tensor, nn
 from kvarn_eval.schema import git_state
 from kvarn_eval.small_model import checkpoint, corpus, noise
 from kvarn_eval.small_model.examine import Examination, examine
+from kvarn_eval.small_model.headroom import with_headroom
 from kvarn_eval.small_model.model import ModelConfig, SmallModel
 from kvarn_eval.small_model.muon import Muon
 from kvarn_eval.small_model.tasks import FAMILIES, training_batch
@@ -386,7 +387,7 @@ def train(
     if run.steps < plan.steps:
         checkpoint.save(out, run.model, run.optimizers, {"run": subject, **run.progress()})
         return finished
-    run.model.save(out)
+    with_headroom(run.model).save(out)
     checkpoint.remove(out)
     (out / "training.json").write_text(json.dumps(finished, indent=1) + "\n", encoding="utf-8")
     return examine(out, examination, device) if examination else finished
