@@ -88,8 +88,8 @@ Greedy, fp16, exact match of the whole answer. Questions per item: {sizes}.
 | noise | in half of the rows, up to {noise[key]} of the root mean square of keys and \
 {noise[value]} of values, so that answers survive a good cache |
 | optimizer | Muon for the matrices of the layers, AdamW for the rest; cosine to zero |
-| export | residual stream and MLP a sixteenth as large, by exact powers of two: the same function, \
-without overflow in fp16 |
+| export | residual stream and MLP a sixteenth as large, by exact powers of two: the same \
+function, without overflow in fp16 |
 
 Means over the steps before each row, rows with noise left out; "items" is the share of training
 rows that are right as a whole. The loss counts answers, prompts and program text with their
