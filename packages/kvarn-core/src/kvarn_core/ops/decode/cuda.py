@@ -17,7 +17,15 @@ import torch
 from kvarn_core import nvrtc
 from kvarn_core.layout import HEAD_DIMS, RecordLayout
 from kvarn_core.layout_header import HEADER_NAME, layout_header
-from kvarn_core.ops.decode.shapes import HEADS, WIDE_HEADS, Shape, block_heads, shape_for, shapes
+from kvarn_core.ops.decode.shapes import (
+    HEADS,
+    WIDE_HEADS,
+    Shape,
+    block_heads,
+    head_blocks,
+    shape_for,
+    shapes,
+)
 from kvarn_core.spec import PRESETS
 
 if TYPE_CHECKING:
@@ -83,9 +91,7 @@ def decode(
     _check_rows("query", query)
     _check_rows("out", out)
     num_kv_heads = cache.shape[1]
-    ratio = num_q_heads // num_kv_heads
-    heads = block_heads(layout, ratio)
-    blocks = -(-ratio // heads)
+    heads, blocks = head_blocks(layout, num_q_heads, num_kv_heads)
     scratch = _scratch(batch, num_q_heads, num_kv_heads, layout, query.device)
     processors = _processors(query.device)
     shape = shape_for(layout, heads, batch * num_kv_heads * blocks, processors)
@@ -99,7 +105,7 @@ def decode(
         query.data_ptr(), cache.data_ptr(), page_table.data_ptr(), seq_lens.data_ptr(),
         out.data_ptr(), lse.data_ptr(), partials, partials + scratch.partial_bytes,
         sm_scale * LOG2_E, page_table.stride(0), query.stride(0), out.stride(0), batch,
-        num_kv_heads, ratio, blocks, num_kv_heads * blocks,
+        num_kv_heads, num_q_heads // num_kv_heads, blocks, num_kv_heads * blocks,
         LEAST, SLACK * shape.warps,
         *inverses(ctas, num_kv_heads, blocks),
     )  # fmt: skip
@@ -123,12 +129,12 @@ def warm_up_batches(
     batch: int, num_q_heads: int, num_kv_heads: int, layout: RecordLayout, device: torch.device
 ) -> list[int]:
     """See `kvarn_core.ops.decode.warm_up_batches`: the smallest batch of every size of CTAs."""
-    ratio = num_q_heads // num_kv_heads
-    heads = block_heads(layout, ratio)
-    pairs, processors = num_kv_heads * -(-ratio // heads), _processors(device)
-    larger = shapes(layout, heads)[:-1]
-    firsts = {1, *(processors * shape.ctas // pairs + 1 for shape in larger)}
-    return sorted(first for first in firsts if first <= batch)
+    heads, blocks = head_blocks(layout, num_q_heads, num_kv_heads)
+    firsts: dict[Shape, int] = {}
+    for requests in range(1, batch + 1):
+        total = requests * num_kv_heads * blocks
+        firsts.setdefault(shape_for(layout, heads, total, _processors(device)), requests)
+    return list(firsts.values())
 
 
 def has_kernels(layout: RecordLayout) -> bool:
@@ -173,7 +179,7 @@ def variants() -> Iterator[nvrtc.Variant]:
     for preset in PRESETS.values():
         for dim in HEAD_DIMS:
             layout = RecordLayout(preset, dim)
-            for heads in (HEADS, WIDE_HEADS)[: 1 + (dim < 256)]:
+            for heads in sorted({block_heads(layout, ratio) for ratio in (HEADS, WIDE_HEADS)}):
                 for shape in shapes(layout, heads):
                     yield variant(layout, torch.float16, shape)
             yield variant(layout, torch.float16, shapes(layout)[-1], magic=True)
@@ -221,10 +227,9 @@ def _kernel(
 def _scratch(
     batch: int, num_q_heads: int, num_kv_heads: int, layout: RecordLayout, device: torch.device
 ) -> Scratch:
-    ratio = num_q_heads // num_kv_heads
-    heads = block_heads(layout, ratio)
+    heads, blocks = head_blocks(layout, num_q_heads, num_kv_heads)
     ctas = _processors(device) * shapes(layout, heads)[-1].ctas
-    return Scratch(ctas, heads, layout.head_dim, batch * num_kv_heads * -(-ratio // heads))
+    return Scratch(ctas, heads, layout.head_dim, batch * num_kv_heads * blocks)
 
 
 @cache

@@ -110,7 +110,7 @@ DEVICE Channels load_partial(const float* from) {
 }
 
 // Heads that a warp has of a head block, and parts of them that are on their way from L2 at once:
-// some 64 registers.
+// some 64 registers. A warp with one head keeps 16, all there are at 8 KV heads.
 constexpr int HEADS_OF_WARP = (HEADS + WARPS - 1) / WARPS;
 constexpr int FLOATS = HEADS_OF_WARP * CHANNELS;  // of a lane for one part
 constexpr int AT_ONCE = FLOATS == CHANNELS && FLOATS <= 4 ? 16 : FLOATS <= 8 ? 8 : FLOATS <= 16 ? 4 : 2;

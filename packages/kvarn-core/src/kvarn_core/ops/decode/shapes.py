@@ -54,6 +54,13 @@ def block_heads(layout: RecordLayout, ratio: int) -> int:
     return WIDE_HEADS if ratio > HEADS and layout.head_dim in (64, 128) else HEADS
 
 
+def head_blocks(layout: RecordLayout, num_q_heads: int, num_kv_heads: int) -> tuple[int, int]:
+    """Query heads of a head block, and head blocks of a KV head."""
+    ratio = num_q_heads // num_kv_heads
+    heads = block_heads(layout, ratio)
+    return heads, -(-ratio // heads)
+
+
 def shapes(layout: RecordLayout, heads: int = HEADS) -> list[Shape]:
     """All sizes for a layout, the largest CTAs first."""
     preset = layout.preset
@@ -62,7 +69,7 @@ def shapes(layout: RecordLayout, heads: int = HEADS) -> list[Shape]:
     return [Shape(heads, warps // ctas, ctas) for ctas in cuts]
 
 
-def shape_for(layout: RecordLayout, heads: int, head_blocks: int, processors: int) -> Shape:
-    """The size for a batch, from its number of head blocks, whatever the lengths."""
+def shape_for(layout: RecordLayout, heads: int, total: int, processors: int) -> Shape:
+    """The size for a batch with `total` head blocks, whatever the lengths."""
     *larger, smallest = shapes(layout, heads)
-    return next((s for s in larger if processors * s.ctas >= head_blocks), smallest)
+    return next((s for s in larger if processors * s.ctas >= total), smallest)
