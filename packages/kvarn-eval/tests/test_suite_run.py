@@ -93,18 +93,27 @@ def test_limits(limit: dict[str, Any], numbers: tuple[float, ...], verdict: Verd
     assert not limit_gate(rule, measured, here=False).required
 
 
-def test_a_primed_load_without_hits_is_invalid(tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", ["primed-equal", "aligned"])
+def test_a_cached_load_without_hits_is_invalid(name: str, tmp_path: Path) -> None:
     suite = load_suite("smoke")
-    primed = load_suite("rehearsal").scenarios[2]
-    suite = suite.model_copy(update={"scenarios": (primed,)})
+    scenarios = load_suite("rehearsal").sending([name]).scenarios
+    suite = suite.model_copy(update={"scenarios": scenarios})
     one = Setup(
         suite, SMALL_MODEL, SMALL_MODEL, tmp_path, ("capacity", "throughput"),
         serve=FAKE_SERVER, bench=FAKE_BENCH,
     )  # fmt: skip
     run = run_suite(one, quiet)  # the stand-in server reports no hits
     verdicts = {g.name: g.verdict for g in run.gates}
-    assert verdicts["primed-equal.valid.kvarn"] is Verdict.FAIL
+    assert verdicts[f"{name}.valid.kvarn"] is Verdict.FAIL
     assert run.verdict is Verdict.FAIL
+
+
+def test_only_servers_whose_answers_are_read_parse_reasoning(tmp_path: Path) -> None:
+    suite = load_suite("qwen3-32b-tp2")
+    speed = Setup(suite, SMALL_MODEL, SMALL_MODEL, tmp_path, ("capacity", "throughput"))
+    tasks = Setup(suite, SMALL_MODEL, SMALL_MODEL, tmp_path, ("accuracy",))
+    assert tasks.options("fp16")["reasoning-parser"] == "qwen3"
+    assert "reasoning-parser" not in speed.options("fp16")
 
 
 @pytest.mark.parametrize(

@@ -1,8 +1,8 @@
 """Throughput scenarios: which loads each is made of, and what is read from them.
 
 All arms get the same prompts in the same order. Prompts are distinct from load to load, so nothing
-is found in the prefix cache unless a scenario is about that; `primed` sends its prompts twice,
-first for one token, and then measures decoding with hardly any prefill.
+is found in the prefix cache unless a scenario is about that; `primed` and `aligned` send theirs
+twice, first for one token, and then measure decoding with hardly any prefill.
 """
 
 from __future__ import annotations
@@ -132,7 +132,7 @@ def run_scenario(
     for load in loads(scenario, source, out, fitting):
         progress(load.name)
         first = load.prompts.read_text(encoding="utf-8").splitlines()
-        if scenario.kind == "primed":
+        if scenario.cached:
             send(server, [_prompt(line) for line in first], 1)
         else:
             send(server, source.draw(2, scenario.prompt_tokens[0], _WARM_SEED), 4)
@@ -144,7 +144,7 @@ def run_scenario(
                 "scenario": scenario.name,
                 "kind": scenario.kind,
                 "slowdown_us": slowed(before),
-                "min_hit_share": scenario.min_hit_share if scenario.kind == "primed" else None,
+                "min_hit_share": scenario.min_hit_share if scenario.cached else None,
             }
         )
     return found

@@ -87,7 +87,7 @@ class Scenario(Strict):
     slope       one request at a time, for every prompt length
     primed      prompts that are in the prefix cache, all at once; as many as `fill` says
     rates       `requests` prompts at every rate of `rates`, in requests per second
-    aligned     `requests` prompts of equal length at once: all tiles complete in one step
+    aligned     `requests` cached prompts of equal length at once: tiles complete together
     mixed       short prompts with long answers; long prompts arrive while they are answered
     ==========  =================================================================================
     """
@@ -100,7 +100,12 @@ class Scenario(Strict):
     fill: Literal["reference", "own"] = "reference"
     rates: tuple[Annotated[float, Field(gt=0, allow_inf_nan=True)], ...] = ()
     min_hit_share: float = 0.98
-    """Of `primed`: share of prompt tokens that must come out of the prefix cache."""
+    """Of cached prompts: share of their tokens that must come out of the prefix cache."""
+
+    @property
+    def cached(self) -> bool:
+        """Whether prompts are sent once before the load, to be in the prefix cache."""
+        return self.kind in {"primed", "aligned"}
 
     @model_validator(mode="after")
     def _sized(self) -> Scenario:

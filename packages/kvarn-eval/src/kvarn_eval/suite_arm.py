@@ -94,6 +94,8 @@ class Setup:
         found = {**self.suite.options(arm), "tensor-parallel-size": self.tensor_parallel}
         if self.tokenizer != self.model:
             found["tokenizer"] = str(self.tokenizer)
+        if not {ACCURACY, FIDELITY} & set(self.parts):
+            found.pop("reasoning-parser", None)  # looks for tokens that a stand-in tokenizer lacks
         if self.load_format != "auto":
             found["load-format"] = self.load_format
         return {**found, **{name.replace("_", "-"): value for name, value in more.items()}}

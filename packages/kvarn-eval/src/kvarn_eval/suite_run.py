@@ -253,7 +253,7 @@ def _valid(found: Found) -> list[Gate]:
                         evidence=[f"{arm}:{load['name']}.output_throughput"],
                     )
                 )
-            if load["kind"] != "primed":
+            if load["min_hit_share"] is None:
                 continue
             primed = load["hit_share"] >= load["min_hit_share"] and load["preemptions"] == 0
             rules.append(
