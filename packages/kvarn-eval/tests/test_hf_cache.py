@@ -146,6 +146,19 @@ def test_generation_solves_a_problem_out_of_records(model: Any) -> None:
     assert grade(item, decode(answer[0, prompt.shape[1] :].tolist()))
 
 
+@pytest.mark.gpu
+def test_a_gpu_sees_what_a_cpu_sees(model: Any) -> None:
+    ids, pieces = text(700), [128] * 5 + [60]
+    on_cpu = logits(model, ids, KVarNCache(model.config), pieces)
+    copy = AutoModelForCausalLM.from_pretrained(SMALL, dtype=torch.float32).eval().cuda()
+    cache = KVarNCache(copy.config)
+    on_gpu = logits(copy, ids.cuda(), cache, pieces).cpu()
+    assert cache.layers[0].records.is_cuda
+    same = on_gpu.argmax(-1) == on_cpu.argmax(-1)
+    assert same.float().mean() > 0.99
+    assert (on_gpu.softmax(-1) - on_cpu.softmax(-1)).abs().mean() < 1e-4
+
+
 def settings(**fields: Any) -> Any:
     base = {"num_hidden_layers": 1, "hidden_size": 512, "num_attention_heads": 4, "head_dim": None}
     config = SimpleNamespace(**{**base, **fields})
