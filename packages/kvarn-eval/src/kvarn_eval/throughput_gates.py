@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 REFERENCE, TESTED = "fp16", "kvarn"
 CAPACITY = ("pool_tokens", "reported_tokens", "requests_that_fit")  # what no GPU is needed for
 LONG = 16_000  # tokens of a request from which on the limits are required
+UNSTEADY = 1.10  # p99 over p50 of decode steps
 FULL, LONG_ANSWER = 48, 2048  # requests and tokens per answer of a long burst
 BURSTS = ("burst", "long_burst")  # limits that hold for every burst of a shape
 BURST_SPEED = re.compile(r"burst_.*\.output_throughput")
@@ -161,7 +162,11 @@ def gates(
     """
     found = []
     # the limits are those of long requests: the header of a short one weighs more
-    long = any(int(m.context.get("tokens") or 0) >= LONG for m in measured.values())
+    long = any(
+        int(m.context["tokens"] or 0) >= LONG
+        for m in measured.values()
+        if m.name == "requests_that_fit"
+    )
     slowdown = {arm: measured.get(f"{arm}:slowdown") for arm in (TESTED, REFERENCE)}
     slow = " and ".join(arm for arm, seen in slowdown.items() if seen and seen.median)
     for name, limit, quantity in _rules(measured, limits or Limits()):
@@ -191,7 +196,29 @@ def gates(
                 evidence=keys,
             )
         )
-    return found
+    return found + _steady(measured, speed=speed, slow=slow)
+
+
+def _steady(measured: dict[str, Measurement], *, speed: bool, slow: str) -> list[Gate]:
+    """Steps of the tested arm are alike, also those in which all requests complete a tile."""
+    keys = [f"{TESTED}:decode_equal.step_{point}" for point in ("p99", "p50")]
+    if not all(key in measured for key in keys):
+        return []
+    worst, middle = (measured[key].median for key in keys)
+    value = worst / max(middle, 1e-9)
+    verdict = Verdict.PASS if value <= UNSTEADY else Verdict.FAIL
+    return [
+        Gate(
+            name="steady_steps",
+            rule="decode_equal.step_p99(kvarn) / decode_equal.step_p50(kvarn) <= limit",
+            value=value,
+            limit=UNSTEADY,
+            required=speed,
+            verdict=Verdict.INCONCLUSIVE if slow else verdict,
+            reason=f"{worst:.4g} against {middle:.4g} s",
+            evidence=keys,
+        )
+    ]
 
 
 def _rules(measured: dict[str, Measurement], limits: Limits) -> Iterator[tuple[str, float, str]]:
