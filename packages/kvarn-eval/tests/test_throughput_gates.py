@@ -95,7 +95,7 @@ def test_without_a_gpu_only_capacity_is_required() -> None:
     assert required == {"pool_tokens", "reported_tokens", "requests_that_fit"}
 
 
-def test_short_prompts_decide_nothing() -> None:
+def test_short_prompts_decide_only_whether_steps_are_alike() -> None:
     found = judge(figures(1.5, tokens=600), figures(tokens=600))
     assert {name for name, gate in found.items() if gate.required} == {"steady_steps"}
     assert found["pool_tokens"].verdict is Verdict.FAIL

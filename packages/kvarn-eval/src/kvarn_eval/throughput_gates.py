@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 REFERENCE, TESTED = "fp16", "kvarn"
 CAPACITY = ("pool_tokens", "reported_tokens", "requests_that_fit")  # what no GPU is needed for
 LONG = 16_000  # tokens of a request from which on the limits are required
-UNSTEADY = 1.10  # p99 over p50 of decode steps
+UNSTEADY = 1.10  # largest p99 over p50 of decode steps
 FULL, LONG_ANSWER = 48, 2048  # requests and tokens per answer of a long burst
 BURSTS = ("burst", "long_burst")  # limits that hold for every burst of a shape
 BURST_SPEED = re.compile(r"burst_.*\.output_throughput")
@@ -145,7 +145,7 @@ def _bursts(arm: str, bursts: list[dict[str, Any]], raw: str) -> list[Measuremen
 def gates(
     measured: dict[str, Measurement], *, speed: bool, limits: Limits | None = None
 ) -> list[Gate]:
-    """Rules between the tested arm and the reference, for what both were measured on.
+    """Rules between the tested arm and the reference, and whether its own steps are alike.
 
     Parameters
     ----------
@@ -200,7 +200,7 @@ def gates(
 
 
 def _steady(measured: dict[str, Measurement], *, speed: bool, slow: str) -> list[Gate]:
-    """Steps of the tested arm are alike, also those in which all requests complete a tile."""
+    """Steps in which all requests of the tested arm complete a tile take no longer than others."""
     keys = [f"{TESTED}:decode_equal.step_{point}" for point in ("p99", "p50")]
     if not all(key in measured for key in keys):
         return []
