@@ -1,7 +1,11 @@
 from __future__ import annotations
 
+import dataclasses
 import itertools
+import signal
+import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -57,6 +61,77 @@ def test_an_interrupted_suite_goes_on_and_is_not_green_before(tmp_path: Path) ->
     assert earlier(one, "plain", "kvarn") is None
     with pytest.raises(ValueError, match="another suite, checkpoint or machine"):
         earlier(setup(tmp_path, weights_sha256="1" * 64), "plain", "fp16")
+
+
+def test_arms_side_by_side_observe_the_same(tmp_path: Path) -> None:
+    one, both = (tmp_path / name for name in ("one", "both"))
+    for folder in (one, both):
+        folder.mkdir()
+    alone = run_suite(setup(one, parts=("capacity",)), quiet)
+    together = run_suite(setup(both, parts=("capacity",), at_once=2), quiet)
+    assert together.verdict is alone.verdict is Verdict.PASS
+    without_start = [m for m in alone.measurements if m.name != "startup"]
+    assert together.measurements == without_start != []
+    again = run_suite(setup(both, parts=("capacity",), at_once=2), quiet, reuse=True)
+    assert again.measurements == together.measurements
+
+
+def test_an_arm_that_fails_does_not_stop_the_others(tmp_path: Path) -> None:
+    one = setup(tmp_path, parts=("capacity",))
+    fp8 = one.suite.arms["fp16"].model_copy(update={"options": {"behaviour": "crash"}})
+    arms = {"fp16": one.suite.arms["fp16"], "fp8": fp8, "kvarn": one.suite.arms["kvarn"]}
+    one = dataclasses.replace(one, suite=one.suite.model_copy(update={"arms": arms}))
+    with pytest.raises(RuntimeError, match="ended with status 1"):
+        run_suite(one, quiet)
+    run = Run.load(tmp_path / "result.json")
+    assert run.verdict is Verdict.INCONCLUSIVE
+    assert {m.arm for m in run.measurements} == {"fp16", "kvarn"}
+
+
+def test_without_its_reference_an_arm_is_not_started(tmp_path: Path) -> None:
+    one = setup(tmp_path, parts=("capacity",))
+    broken = one.suite.arms["fp16"].model_copy(update={"options": {"behaviour": "crash"}})
+    arms = {**one.suite.arms, "fp16": broken}
+    one = dataclasses.replace(one, suite=one.suite.model_copy(update={"arms": arms}))
+    with pytest.raises(RuntimeError, match="ended with status 1"):
+        run_suite(one, quiet)
+    assert not (tmp_path / "plain-kvarn").exists()
+
+
+def test_a_signal_ends_all_that_runs_side_by_side(tmp_path: Path) -> None:
+    program = f"""
+import signal
+from pathlib import Path
+from kvarn_eval.small_model import SMALL_MODEL
+from kvarn_eval.suite import load_suite
+from kvarn_eval.suite_arm import Setup
+from kvarn_eval.suite_run import run_suite
+from kvarn_eval.terminal import stop_on_signal
+signal.signal(signal.SIGTERM, stop_on_signal)
+suite, out = load_suite("smoke"), Path({str(tmp_path)!r})
+arms = {{
+    name: arm.model_copy(
+        update={{"options": {{"behaviour": "hang", "child-pid": str(out / f"{{name}}.pids")}}}}
+    )
+    for name, arm in suite.arms.items()
+}}
+suite = suite.model_copy(update={{"arms": arms}})
+setup = Setup(
+    suite, SMALL_MODEL, SMALL_MODEL, out, ("capacity",), at_once=2, serve={FAKE_SERVER!r}
+)
+run_suite(setup, lambda what, done, steps: None)
+"""
+    with subprocess.Popen([sys.executable, "-c", program]) as caller:
+        files = [tmp_path / f"{name}.pids" for name in ("fp16", "kvarn")]
+        deadline = time.monotonic() + 60
+        while not all(file.exists() and file.read_text("utf-8") for file in files):
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+        caller.send_signal(signal.SIGTERM)
+        assert caller.wait(timeout=30) == 128 + signal.SIGTERM
+    assert not any(
+        Path(f"/proc/{pid}").exists() for file in files for pid in file.read_text("utf-8").split()
+    )
 
 
 def test_a_load_during_which_the_gpu_slowed_down_decides_nothing(
@@ -125,6 +200,7 @@ def test_only_servers_whose_answers_are_read_parse_reasoning(tmp_path: Path) -> 
         (("smoke", "--load-format", "dummy"), 1, "Random weights know no answers"),
         (("smoke", "--model", "nowhere"), 1, "nowhere has no config.json"),
         (("smoke", "--arms", "fp16"), 2, "Arm kvarn cannot be left out"),
+        (("smoke", "--at-once", "2"), 2, "Drop --at-once, or leave throughput out of --parts"),
     ],
 )
 def test_what_is_missing_is_one_sentence(

@@ -38,11 +38,14 @@ def run(
     items: Annotated[
         int | None, typer.Option(min=2, help="Items per task of emulated arms.")
     ] = None,
+    at_once: Annotated[
+        int, typer.Option(min=1, help="Arms side by side, if the machine has room; not for speed.")
+    ] = 1,
     reuse: Annotated[bool, typer.Option(help="Keep arms measured earlier in this folder.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the result document.")] = False,
 ) -> None:
-    """Run a suite: servers one after the other, the same questions, the limits of the suite."""
-    from kvarn_eval.preflight import DUMMY, PARTS, Missing, weights_sha256
+    """Run a suite: a server per arm, the same questions, the limits of the suite."""
+    from kvarn_eval.preflight import DUMMY, PARTS, THROUGHPUT, Missing, weights_sha256
     from kvarn_eval.small_model.tasks import trained
     from kvarn_eval.suite import load_suite
     from kvarn_eval.suite_arm import Setup
@@ -80,7 +83,13 @@ def run(
         parts=PARTS if parts is None else tuple(parts.split(",")),
         load_format=load_format,
         tensor_parallel=tensor_parallel or loaded.tensor_parallel,
+        at_once=at_once,
     )
+    if at_once > 1 and THROUGHPUT in setup.parts and loaded.scenarios:
+        fail_usage(
+            "Arms that run side by side slow each other down. Drop --at-once, or leave throughput "
+            "out of --parts."
+        )
     signal.signal(signal.SIGTERM, stop_on_signal)
     try:
         with progress_bars() as progress:

@@ -13,6 +13,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -30,6 +31,9 @@ OFFLINE = {"HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1", "DO_NOT_TRACK": "1
 _POLL_SECONDS = 0.5
 _GRACE_SECONDS = 15.0
 _LOG_LINES = 15
+_running: set[subprocess.Popen[bytes]] = set()
+_starting = threading.Lock()
+_ended = threading.Event()
 
 
 @dataclass(frozen=True)
@@ -177,20 +181,38 @@ def child(
     ------
     subprocess.Popen
         The running program.
+
+    Raises
+    ------
+    RuntimeError
+        After `end_children`.
     """
     with log.open("wb") as output:
-        process = subprocess.Popen(  # noqa: S603
-            command,
-            env=environment,
-            stdin=subprocess.DEVNULL,
-            stdout=output,
-            stderr=subprocess.STDOUT,
-            start_new_session=True,  # a process group of its own, to be ended as a whole
-        )
+        with _starting:
+            if _ended.is_set():
+                raise RuntimeError("This run is ending and starts nothing more.")
+            process = subprocess.Popen(  # noqa: S603
+                command,
+                env=environment,
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,  # a process group of its own, to be ended as a whole
+            )
+            _running.add(process)
         try:
             yield process
         finally:
             _stop(process)
+            _running.discard(process)
+
+
+def end_children() -> None:
+    """End what other threads have started; they see their program end. None starts again."""
+    with _starting:
+        _ended.set()
+        for process in _running:
+            _signal_group(process, signal.SIGTERM)
 
 
 def run_child(

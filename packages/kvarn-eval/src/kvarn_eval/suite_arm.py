@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from kvarn_eval.suite import Option, Scenario, Suite
 
     Progress = Callable[[str, int, int], None]
+    Reference = Callable[[], dict[str, Any]]
 
 READY_SECONDS = 1800.0
 _SERVED: dict[str, Any] = {"tasks": [], "loads": [], "pool": None, "startup_seconds": None}
@@ -59,6 +60,9 @@ class Setup:
         Ranks of each server.
     weights_sha256 : str or None
         Of the checkpoint; None for random weights.
+    at_once : int
+        Arms that are observed side by side. What takes time then takes longer, so loads are refused
+        and the start is not reported.
     serve, bench, lm : tuple of str
         Programs: the server, the load generator and lm-eval.
     """
@@ -71,6 +75,7 @@ class Setup:
     load_format: str = "auto"
     tensor_parallel: int = 1
     weights_sha256: str | None = None
+    at_once: int = 1
     serve: tuple[str, ...] = SERVE
     bench: tuple[str, ...] = BENCH
     lm: tuple[str, ...] = CHILD
@@ -112,12 +117,14 @@ class Setup:
 
     def plan(self, profile: str, arm: str) -> dict[str, Any]:
         """What the figures of an arm depend on."""
+        served = arm in self.suite.arms
         return {
             "suite": self.suite.sha256,
             "weights": self.weights_sha256,
             "tokenizer": _digest(self.tokenizer / "tokenizer.json"),
             "profile": profile,
-            "options": list(command_line(self.options(arm))),
+            "options": list(command_line(self.options(arm))) if served else [],
+            "emulated_items": 0 if served else self.suite.emulated_items,
             "parts": list(self.parts),
             "scenarios": [scenario.name for scenario in self.suite.scenarios],
             "gpus": [gpu.name for gpu in find_gpus()],
@@ -130,7 +137,7 @@ def observe(
     arm: str,
     model: Path,
     checked: dict[str, Checked],
-    reference: dict[str, Any] | None,
+    reference: Reference | None,
     progress: Progress,
 ) -> dict[str, Any]:
     """Everything one arm shows on one profile.
@@ -147,8 +154,9 @@ def observe(
         Folder of the profile's weights.
     checked : dict of str to Checked
         By task.
-    reference : dict or None
-        What the reference showed on this profile; None for the reference itself.
+    reference : callable or None
+        Returns what the reference showed on this profile, once it is there; None for the reference
+        itself.
     progress : callable
         Receives what happens, steps done and steps in total.
 
@@ -165,7 +173,7 @@ def observe(
     folder = setup.folder(profile, arm)
     folder.mkdir(parents=True, exist_ok=True)
     parts = setup.parts if profile == "plain" else (ACCURACY, FIDELITY)
-    found: dict[str, Any] = {"plan": setup.plan(profile, arm), **_SERVED, "texts": [], "floor": []}
+    found: dict[str, Any] = {**_SERVED, "texts": [], "floor": []}
     label = f"{profile} {arm}"
     writes = FIDELITY in parts and setup.suite.traces is not None
     asks = (ACCURACY in parts and setup.suite.tasks) or CAPACITY in parts or THROUGHPUT in parts
@@ -173,14 +181,25 @@ def observe(
         began = time.monotonic()
         config = setup.server(model, setup.options(arm))
         with serve(config, folder / "server.log", lambda line: progress(label, 0, 1)) as server:
-            found["startup_seconds"] = time.monotonic() - began
+            if setup.at_once == 1:
+                found["startup_seconds"] = time.monotonic() - began
             found |= _ask(setup, parts, arm, server, checked, reference, label, progress)
             if writes and reference is None and setup.suite.traces is not None:
                 progress(f"{label}, writing texts", 0, 1)
                 texts = traces.write_traces(server, setup.suite.traces, setup.suite.concurrency)
                 traces.save_texts(setup.out / f"texts-{profile}.json", texts)
     if writes:
+        if reference is not None:
+            reference()  # its texts are there now
         found |= _score(setup, profile, arm, model, reference is None, label, progress)
+    return keep(setup, profile, arm, found)
+
+
+def keep(setup: Setup, profile: str, arm: str, found: dict[str, Any]) -> dict[str, Any]:
+    """Write what was found, and what it depends on, for `earlier`."""
+    found = {"plan": setup.plan(profile, arm), **found}
+    folder = setup.folder(profile, arm)
+    folder.mkdir(exist_ok=True)
     (folder / "arm.json").write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
     return found
 
@@ -211,7 +230,7 @@ def _ask(
     arm: str,
     server: Server,
     checked: dict[str, Checked],
-    reference: dict[str, Any] | None,
+    reference: Reference | None,
     label: str,
     progress: Progress,
 ) -> dict[str, Any]:
@@ -248,7 +267,7 @@ def _ask(
     }
 
 
-def fits(setup: Setup, scenario: Scenario, pool: Pool, reference: dict[str, Any] | None) -> int:
+def fits(setup: Setup, scenario: Scenario, pool: Pool, reference: Reference | None) -> int:
     """Requests of a primed scenario that are resident at once, at most what the server runs.
 
     Raises
@@ -257,7 +276,7 @@ def fits(setup: Setup, scenario: Scenario, pool: Pool, reference: dict[str, Any]
         If not even one fits.
     """
     if scenario.fill == "reference" and reference is not None:
-        pool = Pool(**reference["pool"])
+        pool = Pool(**reference()["pool"])
     tokens = scenario.prompt_tokens[0] + scenario.output_tokens[0]
     fitting = pool.requests(tokens, head_dim(setup.model))
     if fitting == 0:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from kvarn_eval import preflight, scenarios, task_gates, traces
 from kvarn_eval.capacity import Pool
-from kvarn_eval.emulated import describe, run_emulated
+from kvarn_eval.emulated import describe
 from kvarn_eval.lm_tasks import Checked, Scores, check_task
 from kvarn_eval.schema import (
     Arm,
@@ -26,7 +26,8 @@ from kvarn_eval.schema import (
     measure,
 )
 from kvarn_eval.suite import command_line
-from kvarn_eval.suite_arm import Setup, earlier, head_dim, observe, with_profile
+from kvarn_eval.suite_arm import Setup, head_dim
+from kvarn_eval.suite_jobs import EMULATED, observe_all
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -96,7 +97,7 @@ def run_suite(setup: Setup, progress: Progress, *, reuse: bool = False) -> Run:
     preflight.Missing
         If something that the run needs is not there; no server has started then.
     RuntimeError
-        If a server or a request fails; the arms before are in ``result.json``.
+        If a server or a request fails; the other arms are in ``result.json``.
     ValueError
         If figures to be reused do not fit.
     """
@@ -111,24 +112,16 @@ def run_suite(setup: Setup, progress: Progress, *, reuse: bool = False) -> Run:
     )
     header = describe_run(suite.name, suite.sha256, model)
     emulated: list[Measurement] = []
-    if suite.emulated and preflight.ACCURACY in setup.parts:
-        import torch
-
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-        emulated = run_emulated(suite, setup.model, device, progress)
     found: Found = {}
-    run = None
-    for profile in suite.profiles if suite.arms else ():
-        weights = with_profile(setup, profile)
-        for arm in suite.arms:
-            reference = found.get((profile, suite.reference))
-            old = earlier(setup, profile, arm) if reuse else None
-            found[profile, arm] = old or observe(
-                setup, profile, arm, weights, checked, reference, progress
-            )
-            run = assemble(header, setup, found, emulated, time.monotonic() - began)
-            run.save(setup.out / "result.json")
-    return run or assemble(header, setup, found, emulated, time.monotonic() - began)
+    run = assemble(header, setup, found, emulated, 0.0)
+    for what, figures in observe_all(setup, checked, progress, reuse=reuse):
+        if what == EMULATED:
+            emulated = [Measurement(**one) for one in figures["measurements"]]
+        else:
+            found[what] = figures
+        run = assemble(header, setup, found, emulated, time.monotonic() - began)
+        run.save(setup.out / "result.json")
+    return run
 
 
 def assemble(
@@ -140,6 +133,8 @@ def assemble(
 ) -> Run:
     """The result of the arms observed so far."""
     suite = setup.suite
+    order = [(profile, arm) for profile in suite.profiles for arm in suite.arms]
+    found = {what: found[what] for what in order if what in found}
     measured = list(emulated)
     for (profile, arm), figures in found.items():
         measured += _measure(setup, profile, arm, figures)
@@ -155,12 +150,7 @@ def assemble(
     if emulated:
         size = head_dim(setup.model)
         described |= {name: describe(arm, size) for name, arm in suite.emulated.items()}
-    missing = [
-        f"{profile} {arm}"
-        for profile in suite.profiles
-        for arm in suite.arms
-        if (profile, arm) not in found
-    ]
+    missing = [" ".join(what) for what in order if what not in found]
     rules = [*_paired(setup, found), *_valid(found), *limit_gates(suite, measured)]
     if missing:
         rules.append(_undecided("complete", missing, measured))
@@ -192,11 +182,10 @@ def _measure(setup: Setup, profile: str, arm: str, figures: dict[str, Any]) -> l
     return result
 
 
-def _capacity(setup: Setup, arm: str, pool: Pool, startup: float) -> list[Measurement]:
+def _capacity(setup: Setup, arm: str, pool: Pool, startup: float | None) -> list[Measurement]:
     tokens = setup.suite.capacity_tokens
     fitting = pool.requests(tokens, head_dim(setup.model))
     result = [
-        measure("startup", arm, Unit.SECONDS, startup, better="lower"),
         measure("pool_tokens", arm, Unit.TOKENS, pool.tokens, better="higher"),
         measure(
             "requests_that_fit",
@@ -207,6 +196,8 @@ def _capacity(setup: Setup, arm: str, pool: Pool, startup: float) -> list[Measur
             context={"tokens": tokens},
         ),
     ]
+    if startup is not None:
+        result.append(measure("startup", arm, Unit.SECONDS, startup, better="lower"))
     if pool.cache_bytes is not None:
         density = pool.tokens_per_gib
         result.append(measure("tokens_per_gib", arm, Unit.TOKENS_PER_GIB, density, better="higher"))
@@ -218,7 +209,7 @@ def _paired(setup: Setup, found: Found) -> list[Gate]:
     suite, rules = setup.suite, []
     for (profile, arm), figures in found.items():
         scores = [Scores(**task) for task in figures["tasks"]]
-        if not scores:
+        if not scores or (profile, suite.reference) not in found:
             continue
         if arm == suite.reference:
             rules.append(task_gates.validity(profile, arm, scores, setup.first_packed))
@@ -319,5 +310,5 @@ def _undecided(name: str, missing: list[str], measured: list[Measurement]) -> Ga
         limit=0,
         verdict=Verdict.INCONCLUSIVE,
         reason=f"not measured: {', '.join(missing)}",
-        evidence=[measured[0].key],
+        evidence=[m.key for m in measured[:1]],
     )
