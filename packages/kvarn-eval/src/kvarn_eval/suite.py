@@ -166,7 +166,7 @@ class Suite(Strict):
     tested: str = "kvarn"
     small_model: bool = False
     """Whether the checkpoint must be the small model, whose tasks and tokens it uses."""
-    profiles: tuple[Literal["plain", "large", "tiny"], ...] = ("plain",)
+    profiles: tuple[Literal["plain", "moderate", "large", "tiny"], ...] = ("plain",)
     margin: float = 0.01
     """Largest acceptable loss of pooled accuracy, as a share."""
     concurrency: int = 8

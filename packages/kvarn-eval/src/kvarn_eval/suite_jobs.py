@@ -59,7 +59,8 @@ def observe_all(
     """
     suite = setup.suite
     profiles: tuple[str, ...] = suite.profiles
-    wanted = [(profile, arm) for arm in suite.arms for profile in profiles]
+    wanted = [(profile, arm) for profile in profiles for arm in suite.arms]
+    wanted.sort(key=lambda what: what[1] != suite.reference)
     if suite.emulated and ACCURACY in setup.parts:
         wanted.insert(0, EMULATED)
     known = {what: earlier(setup, *what) for what in wanted} if reuse else {}

@@ -49,6 +49,7 @@ class Profile:
 
 
 PROFILES: dict[str, Profile] = {
+    "moderate": Profile((Scale(8, 4 / 64), Scale(1 / 2, 8 / 64)), (Scale(4, 0.05),)),
     "large": Profile((Scale(16, 4 / 64), Scale(1 / 2, 8 / 64)), (Scale(8, 0.05),)),
     "tiny": Profile((Scale(2**-5, 1),), (Scale(2**-5, 1),)),
 }
