@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from kvarn_eval.lm_tasks import Scores, check_task, chosen, identity, score, write_family
+from kvarn_eval.lm_tasks import Scores, check_tasks, chosen, identity, score, write_family
 from kvarn_eval.small_model import SMALL_MODEL, tokenizer
 from kvarn_eval.suite import Suite, Task, load_suite
 
@@ -18,7 +18,8 @@ TASK = Task(name="recall", source="family", items=3, prompt_tokens=(300, 400), q
 
 
 def suite(longest: int = 2048) -> Suite:
-    return load_suite("smoke").model_copy(update={"server": {"max-model-len": longest}})
+    update = {"server": {"max-model-len": longest}, "tasks": (TASK,)}
+    return load_suite("smoke").model_copy(update=update)
 
 
 def test_a_family_becomes_items_and_a_task_file(tmp_path: Path) -> None:
@@ -34,22 +35,29 @@ def test_a_family_becomes_items_and_a_task_file(tmp_path: Path) -> None:
 
 
 def test_lm_eval_loads_the_family_and_counts_its_prompts(tmp_path: Path) -> None:
-    found = check_task(suite(), TASK, SMALL_MODEL, tmp_path)
+    found = check_tasks(suite(), SMALL_MODEL, tmp_path)
     lines = (tmp_path / "recall.jsonl").read_text(encoding="utf-8").splitlines()
-    assert found.prompt_tokens == [
+    assert found["recall"].prompt_tokens == [
         len(tokenizer.encode(json.loads(line)["prompt"])) for line in lines
     ]
     kept = shutil.copy(tmp_path / "check-recall.json", tmp_path / "kept.json")
-    again = (sys.executable, "-c", f"import shutil, sys; shutil.copy({str(kept)!r}, sys.argv[2])")
-    assert check_task(suite(), TASK, SMALL_MODEL, tmp_path, again) == found
+    wanted = str(tmp_path / "check-recall.json")
+    again = (sys.executable, "-c", f"import shutil; shutil.copy({str(kept)!r}, {wanted!r})")
+    assert check_tasks(suite(), SMALL_MODEL, tmp_path, again) == found
     with pytest.raises(ValueError, match="Raise max-model-len"):
-        check_task(suite(400), TASK, SMALL_MODEL, tmp_path, again)
+        check_tasks(suite(400), SMALL_MODEL, tmp_path, again)
 
 
 def test_a_task_that_cannot_be_loaded_says_how_to_get_it(tmp_path: Path) -> None:
-    broken = (sys.executable, "-c", "raise ConnectionError('no data set gsm8k in the cache')")
-    with pytest.raises(RuntimeError, match=r"Load it once with access(?s:.)*no data set gsm8k"):
-        check_task(suite(), TASK, SMALL_MODEL, tmp_path, broken)
+    unknown = suite().model_copy(update={"tasks": (TASK, Task(name="riddles"))})
+    with pytest.raises(RuntimeError, match=r"Task riddles cannot.*Load it once with access.*Error"):
+        check_tasks(unknown, SMALL_MODEL, tmp_path)
+
+
+def test_a_child_that_fails_says_why(tmp_path: Path) -> None:
+    broken = (sys.executable, "-c", "raise MemoryError('too many items')")
+    with pytest.raises(RuntimeError, match=r"lm-eval ended with status 1(?s:.)*too many items"):
+        check_tasks(suite(), SMALL_MODEL, tmp_path, broken)
 
 
 def sample(filter_name: str, value: float, **doc: Any) -> dict[str, Any]:

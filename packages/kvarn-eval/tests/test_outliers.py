@@ -47,7 +47,7 @@ def test_stress_refuses_what_it_cannot_keep_equal(tiny_model: SmallModel) -> Non
     weights = {n: w for n, w in tiny_model.state_dict().items() if "q_norm" not in n}
     with pytest.raises(ValueError, match="Layer 0 has no QK-norm"):
         outliers.stress(weights, tiny_model.config, "large")
-    with pytest.raises(ValueError, match="Choose one of moderate, moderate, large, tiny"):
+    with pytest.raises(ValueError, match="Choose one of moderate, large, tiny"):
         outliers.stress(tiny_model.state_dict(), tiny_model.config, "huge")
     with pytest.raises(ValueError, match="Factor 3 is not a power of two"):
         outliers.Scale(3, 0.5)

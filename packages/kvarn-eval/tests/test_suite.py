@@ -129,3 +129,23 @@ def test_some_scenarios_take_their_limits_with_them() -> None:
 
 def test_options_become_arguments() -> None:
     assert command_line({"a": 1, "b": True, "c": False}) == ("--a", "1", "--b")
+
+
+def test_limits_on_parts_that_are_not_measured_are_left_out() -> None:
+    suite = load_suite("qwen3-32b-tp2")
+    parts = [limit.part for limit in suite.limits]
+    assert {"capacity", "fidelity", "throughput"} <= set(parts)
+    assert {x.quantity for x in suite.limits if x.part == "capacity"} == {
+        "pool_tokens",
+        "requests_that_fit",
+    }
+    speed = suite.measuring(["throughput"])
+    assert len(speed.limits) == parts.count("throughput") > 0
+    assert {x.part for x in load_suite("sensitivity").limits} == {"accuracy"}
+
+
+def test_questions_are_the_same_whatever_the_limits() -> None:
+    suite = load_suite("smoke")
+    loose = suite.model_copy(update={"limits": (), "sha256": "0" * 64})
+    assert loose.questions_sha256 == suite.questions_sha256
+    assert suite.solving(["recall"]).questions_sha256 != suite.questions_sha256

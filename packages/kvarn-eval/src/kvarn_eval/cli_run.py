@@ -75,17 +75,18 @@ def run(
             )
     folder = out or Path(f"{loaded.name}-results")
     folder.mkdir(parents=True, exist_ok=True)
+    chosen = PARTS if parts is None else tuple(parts.split(","))
     setup = Setup(
-        suite=loaded,
+        suite=loaded.measuring(chosen),
         model=checkpoint,
         tokenizer=tokenizer or checkpoint,
         out=folder,
-        parts=PARTS if parts is None else tuple(parts.split(",")),
+        parts=chosen,
         load_format=load_format,
         tensor_parallel=tensor_parallel or loaded.tensor_parallel,
         at_once=at_once,
     )
-    if at_once > 1 and THROUGHPUT in setup.parts and loaded.scenarios:
+    if at_once > 1 and THROUGHPUT in chosen and loaded.scenarios:
         fail_usage(
             "Arms that run side by side slow each other down. Drop --at-once, or leave throughput "
             "out of --parts."

@@ -1,8 +1,9 @@
-"""Child process that runs one task of lm-eval: ``python -m kvarn_eval.lm_child PLAN RESULT``.
+"""Child process that runs tasks of lm-eval: ``python -m kvarn_eval.lm_child PLANS``.
 
-Both files are JSON. The plan names the task, its items and the server; without a server the task
-is only loaded and its prompts counted, which shows what is missing before anything has started.
-lm-eval is imported here and nowhere else; its result is written as it comes.
+The file is a JSON list. A plan names its task, the items, the server and the file for the result;
+without a server the task is only loaded and its prompts counted, which shows what is missing before
+anything has started. lm-eval is imported here and nowhere else, once for all tasks, which takes
+longer than many of them; its result is kept as it comes.
 """
 
 from __future__ import annotations
@@ -10,8 +11,11 @@ from __future__ import annotations
 import hashlib
 import json
 import sys
+import traceback
 from pathlib import Path
 from typing import Any
+
+from kvarn_eval.lm_tasks import counters
 
 
 def items(plan: dict[str, Any]) -> list[int] | None:
@@ -87,11 +91,29 @@ def run(plan: dict[str, Any]) -> dict[str, Any]:
     return dict(found or {})
 
 
+def look(plan: dict[str, Any]) -> dict[str, Any]:
+    """What `check` found, or why lm-eval cannot load the task."""
+    try:
+        return check(plan)
+    except Exception as error:  # whatever the loader of some data set raises
+        traceback.print_exc()
+        return {"error": f"{type(error).__name__}: {error}"}
+
+
+def ask(plan: dict[str, Any]) -> dict[str, Any]:
+    """What lm-eval found, and what the server counted meanwhile."""
+    before = counters(plan["url"])
+    found = run(plan)
+    spent = {key: value - before[key] for key, value in counters(plan["url"]).items()}
+    return {"lm_eval": found, "spent": spent}
+
+
 def main() -> None:
-    """Read the plan, do it, write the result."""
-    plan = json.loads(Path(sys.argv[1]).read_text(encoding="utf-8"))
-    found = check(plan) if plan["url"] is None else run(plan)
-    Path(sys.argv[2]).write_text(json.dumps(found, indent=1, default=str), encoding="utf-8")
+    """Do one plan after the other."""
+    for plan in json.loads(Path(sys.argv[1]).read_text(encoding="utf-8")):
+        found = look(plan) if plan["url"] is None else ask(plan)
+        text = json.dumps(found, indent=1, default=str)
+        Path(plan["result"]).write_text(text, encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -12,15 +12,16 @@ import json
 import os
 import sys
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from kvarn_eval.server import OFFLINE, run_child, total
+from kvarn_eval.server import OFFLINE, read_metrics, run_child, total
 from kvarn_eval.small_model import tasks as families
 
 if TYPE_CHECKING:
-    from pathlib import Path
+    from collections.abc import Callable
 
     from kvarn_eval.server import Server
     from kvarn_eval.suite import Suite, Task
@@ -128,7 +129,10 @@ def write_family(task: Task, folder: Path) -> None:
     config = {
         "task": task.name,
         "dataset_path": "json",
-        "dataset_kwargs": {"data_files": {"test": str(file.resolve())}},
+        "dataset_kwargs": {
+            "data_files": {"test": str(file.resolve())},
+            "cache_dir": str(folder.resolve() / "datasets"),
+        },
         "test_split": "test",
         "output_type": "generate_until",
         "doc_to_text": "{{prompt}}",
@@ -156,46 +160,52 @@ def write_family(task: Task, folder: Path) -> None:
     (folder / f"{task.name}.yaml").write_text(json.dumps(config, indent=1), encoding="utf-8")
 
 
-def check_task(
-    suite: Suite, task: Task, tokenizer: Path, out: Path, command: tuple[str, ...] = CHILD
-) -> Checked:
-    """Load a task and count its prompts, without a server.
+def check_tasks(
+    suite: Suite, tokenizer: Path, out: Path, command: tuple[str, ...] = CHILD
+) -> dict[str, Checked]:
+    """Load all tasks and count their prompts, without a server.
 
     Parameters
     ----------
     suite : Suite
-        Whose task it is.
-    task : Task
-        What to load; items of families are written to `out` first.
+        Whose tasks they are.
     tokenizer : Path
         Folder of the model's tokenizer.
     out : Path
-        Existing folder for plans and logs.
+        Existing folder for items of families, plans and logs.
     command : tuple of str
         The child's program.
 
     Returns
     -------
-    Checked
+    dict of str to Checked
 
     Raises
     ------
     RuntimeError
-        If lm-eval cannot load the task, most often because its data are not on this machine.
+        If lm-eval cannot load a task, most often because its data are not on this machine.
     ValueError
         If a prompt and its answer do not fit the model.
     """
-    if task.source == "family":
-        write_family(task, out)
-    name = f"check-{task.name}"
-    try:
-        found = _child(_plan(suite, task, tokenizer, out), name, out, command)
-    except RuntimeError as error:
+    plans = []
+    for task in suite.tasks:
+        if task.source == "family":
+            write_family(task, out)
+        plan = _plan(suite, task, tokenizer, out)
+        plans.append(plan | {"result": str(out / f"check-{task.name}.json")})
+    found = _child(plans, out / "check", command)
+    return {
+        task.name: _checked(suite, task, one) for task, one in zip(suite.tasks, found, strict=True)
+    }
+
+
+def _checked(suite: Suite, task: Task, found: dict[str, Any]) -> Checked:
+    if "error" in found:
         raise RuntimeError(
             f"Task {task.name} cannot be loaded offline. Load it once with access to its data, "
             f"`lm-eval run --tasks {task.name} --limit 1`, on a machine that shares the cache. "
-            f"{error}"
-        ) from error
+            f"{found['error']}"
+        )
     counts = found["prompt_tokens"]
     answer = int(task.generation.get("max_gen_toks", found["answer_tokens"]))
     longest = max(counts) + answer + (_CHAT_TOKENS if task.endpoint == "chat" else 0)
@@ -207,31 +217,34 @@ def check_task(
     return Checked(task.name, counts, found["sha256"])
 
 
-def run_task(
+def run_tasks(
     suite: Suite,
-    task: Task,
-    checked: Checked,
+    checked: dict[str, Checked],
     server: Server,
     tokenizer: Path,
     folders: tuple[Path, Path],
+    progress: Callable[[int], None],
     command: tuple[str, ...] = CHILD,
-) -> Scores:
-    """Let a server answer a task, once per seed.
+) -> list[Scores]:
+    """Let a server answer all tasks, each once per seed.
 
     Parameters
     ----------
-    suite, task, tokenizer, command
-        As in `check_task`.
-    checked : Checked
-        What `check_task` found.
+    suite, tokenizer, command
+        As in `check_tasks`.
+    checked : dict of str to Checked
+        What `check_tasks` found.
     server : Server
         Ready to answer.
     folders : (Path, Path)
-        Where `check_task` wrote the items, and the arm's own folder for raw results.
+        Where `check_tasks` wrote the items, and the arm's own folder for raw results.
+    progress : callable
+        Receives the number of rounds that are done, one per task and seed.
 
     Returns
     -------
-    Scores
+    list of Scores
+        In the order of the suite's tasks.
 
     Raises
     ------
@@ -239,17 +252,28 @@ def run_task(
         If lm-eval or a request fails, or the server read other prompts than were counted.
     """
     items, out = folders
+    rounds = [(task, seed) for task in suite.tasks for seed in range(task.seeds)]
+    plans = [
+        _plan(suite, task, tokenizer, items)
+        | {"url": server.url, "served": server.model, "seed": seed}
+        | {"result": str(out / f"{task.name}-{seed}.json")}
+        for task, seed in rounds
+    ]
+    found = _child(plans, out / "tasks", command, progress)
+    result = []
+    for task in suite.tasks:
+        seeds = [one for (of, _), one in zip(rounds, found, strict=True) if of is task]
+        result.append(_scores(task, checked[task.name], seeds, out))
+    return result
+
+
+def _scores(task: Task, checked: Checked, seeds: list[dict[str, Any]], out: Path) -> Scores:
+    """What the rounds of one task come to."""
     scores: dict[str, list[float]] = {}
-    before, raw = _counters(server), []
-    for seed in range(task.seeds):
-        name = f"{task.name}-{seed}"
-        plan = _plan(suite, task, tokenizer, items)
-        plan |= {"url": server.url, "served": server.model, "seed": seed}
-        found = _child(plan, name, out, command)
-        raw.append(f"{name}.json")
-        for sample in chosen(found["samples"][task.name], task):
+    for found in seeds:
+        for sample in chosen(found["lm_eval"]["samples"][task.name], task):
             scores.setdefault(identity(sample), []).append(score(sample, task))
-    spent = {key: value - before[key] for key, value in _counters(server).items()}
+    spent = {key: sum(found["spent"][key] for found in seeds) for key in seeds[0]["spent"]}
     asked = task.seeds * sum(checked.prompt_tokens)
     if spent["prompt_tokens"] < asked or (
         task.endpoint == "completions" and spent["prompt_tokens"] != asked
@@ -270,7 +294,7 @@ def run_task(
         prompt_tokens=checked.prompt_tokens,
         generated=spent["generated"] / (task.seeds * len(scores)),
         truncated=int(spent["truncated"]),
-        raw=raw,
+        raw=[f"{task.name}-{seed}.json" for seed in range(task.seeds)],
     )
 
 
@@ -311,21 +335,33 @@ def _plan(suite: Suite, task: Task, tokenizer: Path, items: Path) -> dict[str, A
     }
 
 
-def _child(plan: dict[str, Any], name: str, out: Path, command: tuple[str, ...]) -> dict[str, Any]:
-    """Run `lm_child` and read what it wrote."""
-    file, result, log = (out / f"{name}.{kind}" for kind in ("plan.json", "json", "log"))
-    file.write_text(json.dumps(plan, indent=1), encoding="utf-8")
-    result.unlink(missing_ok=True)
+def _child(
+    plans: list[dict[str, Any]],
+    stem: Path,
+    command: tuple[str, ...],
+    progress: Callable[[int], None] = lambda done: None,
+) -> list[dict[str, Any]]:
+    """Run `lm_child` and read what it wrote, one result per plan."""
+    file, log = stem.with_suffix(".plans.json"), stem.with_suffix(".log")
+    file.write_text(json.dumps(plans, indent=1), encoding="utf-8")
+    results = [Path(plan["result"]) for plan in plans]
+    for result in results:
+        result.unlink(missing_ok=True)
     environment = {**os.environ, **OFFLINE, "HF_DATASETS_OFFLINE": "1"}
-    if plan["include"] is not None:
-        environment["HF_DATASETS_CACHE"] = str(out / "datasets")
-    run_child("lm-eval", [*command, str(file), str(result)], log, environment, _SECONDS)
-    found: dict[str, Any] = json.loads(result.read_text(encoding="utf-8"))
-    return found
+    run_child(
+        "lm-eval",
+        [*command, str(file)],
+        log,
+        environment,
+        _SECONDS * len(plans),
+        lambda: progress(sum(result.exists() for result in results)),
+    )
+    return [json.loads(result.read_text(encoding="utf-8")) for result in results]
 
 
-def _counters(server: Server) -> dict[str, float]:
-    metrics = server.metrics()
+def counters(url: str) -> dict[str, float]:
+    """Tokens and answers that a server has counted so far."""
+    metrics = read_metrics(url)
     found = {name: total(metrics, metric) for name, metric in _COUNTERS.items()}
     ended = [m for m in metrics if m.name == "vllm:request_success_total"]
     found["truncated"] = sum(m.value for m in ended if m.labels.get("finished_reason") == "length")

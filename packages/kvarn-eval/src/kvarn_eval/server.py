@@ -15,7 +15,7 @@ import subprocess
 import sys
 import threading
 import time
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -85,7 +85,7 @@ class Server:
 
     def metrics(self) -> list[Metric]:
         """Current values of the server's Prometheus metrics."""
-        return parse_metrics(httpx.get(self.url + "/metrics", timeout=30).text)
+        return read_metrics(self.url)
 
 
 @dataclass(frozen=True)
@@ -95,6 +95,11 @@ class Metric:
     name: str
     labels: dict[str, str]
     value: float
+
+
+def read_metrics(url: str) -> list[Metric]:
+    """Current values of the Prometheus metrics of the server at `url`."""
+    return parse_metrics(httpx.get(url + "/metrics", timeout=30).text)
 
 
 def parse_metrics(text: str) -> list[Metric]:
@@ -216,7 +221,12 @@ def end_children() -> None:
 
 
 def run_child(
-    what: str, command: Sequence[str], log: Path, environment: dict[str, str], seconds: float
+    what: str,
+    command: Sequence[str],
+    log: Path,
+    environment: dict[str, str],
+    seconds: float,
+    progress: Callable[[], None] = lambda: None,
 ) -> None:
     """Run a program to its end.
 
@@ -228,6 +238,8 @@ def run_child(
         As in `child`.
     seconds : float
         A program that takes longer is ended.
+    progress : callable
+        Called about once per second.
 
     Raises
     ------
@@ -235,10 +247,11 @@ def run_child(
         If it fails or takes too long; the message holds the end of its log.
     """
     with child(command, log, environment) as process:
-        try:
-            status = process.wait(timeout=seconds)
-        except subprocess.TimeoutExpired:
-            status = None
+        status, deadline = None, time.monotonic() + seconds
+        while status is None and time.monotonic() < deadline:
+            with suppress(subprocess.TimeoutExpired):
+                status = process.wait(timeout=min(1.0, seconds))
+            progress()
     if status != 0:
         how = "took too long" if status is None else f"ended with status {status}"
         raise RuntimeError(f"{what} {how}. Its log, {log}, ends with:\n{tail(log)}")

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import Field, ValidationError, model_validator
 
+from kvarn_eval.preflight import ACCURACY, CAPACITY, FIDELITY, THROUGHPUT
 from kvarn_eval.schema import Strict
 
 if sys.version_info >= (3, 11):
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
 FOLDER = Path(__file__).parent / "suites"
+CAPACITIES = ("pool_tokens", "requests_that_fit", "tokens_per_gib", "startup")
 Option = str | int | float | bool
 
 
@@ -152,6 +154,15 @@ class Limit(Strict):
             raise ValueError(f"Limit of {self.quantity}: give one of over and minus, or neither.")
         return self
 
+    @property
+    def part(self) -> str:
+        """Part of a run that measures the quantity."""
+        if ".accuracy" in self.quantity:
+            return ACCURACY
+        if ".traces." in self.quantity:
+            return FIDELITY
+        return CAPACITY if self.quantity in CAPACITIES else THROUGHPUT
+
 
 class Suite(Strict):
     """Everything about one comparison; `sha256` identifies the file."""
@@ -250,6 +261,19 @@ class Suite(Strict):
         kept = tuple(task for task in self.tasks if task.name not in dropped)
         limits = tuple(x for x in self.limits if x.quantity.rpartition(".")[2] not in dropped)
         return self.model_copy(update={"tasks": kept, "limits": limits})
+
+    def measuring(self, parts: Sequence[str]) -> Suite:
+        """The suite without limits on what other parts measure."""
+        limits = tuple(limit for limit in self.limits if limit.part in parts)
+        return self.model_copy(update={"limits": limits})
+
+    @property
+    def questions_sha256(self) -> str:
+        """Hash of what every arm is asked, whatever the limits and the other arms are."""
+        asked = self.model_dump_json(
+            include={"dtype", "concurrency", "tasks", "traces", "scenarios"}
+        )
+        return hashlib.sha256(asked.encode()).hexdigest()
 
     def options(self, arm: str) -> dict[str, Option]:
         """Options of the server of an arm, apart from model and address."""

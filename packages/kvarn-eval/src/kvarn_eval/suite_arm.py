@@ -20,7 +20,7 @@ from kvarn_eval import scenarios, traces
 from kvarn_eval.bench_serve import BENCH
 from kvarn_eval.capacity import Pool
 from kvarn_eval.demo import CPU_ENVIRONMENT
-from kvarn_eval.lm_tasks import CHILD, Checked, run_task
+from kvarn_eval.lm_tasks import CHILD, Checked, Scores, run_tasks
 from kvarn_eval.preflight import ACCURACY, CAPACITY, FIDELITY, PARTS, THROUGHPUT
 from kvarn_eval.prompts import PromptSource
 from kvarn_eval.schema import find_gpus
@@ -117,16 +117,18 @@ class Setup:
 
     def plan(self, profile: str, arm: str) -> dict[str, Any]:
         """What the figures of an arm depend on."""
-        served = arm in self.suite.arms
+        suite = self.suite
+        if arm in suite.arms:
+            how = list(command_line(self.options(arm)))
+        else:
+            how = [f"{suite.emulated_items} items", *map(str, suite.emulated.values())]
         return {
-            "suite": self.suite.sha256,
+            "questions": suite.questions_sha256,
             "weights": self.weights_sha256,
             "tokenizer": _digest(self.tokenizer / "tokenizer.json"),
             "profile": profile,
-            "options": list(command_line(self.options(arm))) if served else [],
-            "emulated_items": 0 if served else self.suite.emulated_items,
+            "how": how,
             "parts": list(self.parts),
-            "scenarios": [scenario.name for scenario in self.suite.scenarios],
             "gpus": [gpu.name for gpu in find_gpus()],
         }
 
@@ -236,14 +238,15 @@ def _ask(
 ) -> dict[str, Any]:
     """Tasks, capacity and throughput of a running server."""
     suite, folder = setup.suite, server.log.parent
-    answered = []
+    answered: list[Scores] = []
     if ACCURACY in parts:
-        for done, task in enumerate(suite.tasks):
-            progress(f"{label}, {task.name}", done, len(suite.tasks))
-            where = (setup.out / "tasks", folder)
-            answered.append(
-                run_task(suite, task, checked[task.name], server, setup.tokenizer, where, setup.lm)
-            )
+        rounds = sum(task.seeds for task in suite.tasks)
+        where = (setup.out / "tasks", folder)
+
+        def done(count: int) -> None:
+            progress(f"{label}, tasks", count, rounds)
+
+        answered = run_tasks(suite, checked, server, setup.tokenizer, where, done, setup.lm)
     pool = Pool.from_metrics(server.metrics())
     loads: list[dict[str, Any]] = []
     if THROUGHPUT in parts:

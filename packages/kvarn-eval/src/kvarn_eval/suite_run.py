@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from kvarn_eval import preflight, scenarios, task_gates, traces
 from kvarn_eval.capacity import Pool
 from kvarn_eval.emulated import describe
-from kvarn_eval.lm_tasks import Checked, Scores, check_task
+from kvarn_eval.lm_tasks import Checked, Scores, check_tasks
 from kvarn_eval.schema import (
     Arm,
     Gate,
@@ -56,17 +56,16 @@ def check_all(setup: Setup, progress: Progress) -> dict[str, Checked]:
             f"Suite {suite.name} is for the small model, and {setup.model} is another. Drop "
             "--model, or choose another suite."
         )
-    checked: dict[str, Checked] = {}
-    if preflight.ACCURACY in setup.parts and suite.arms:
-        folder = setup.out / "tasks"
-        folder.mkdir(exist_ok=True)
-        for done, task in enumerate(suite.tasks):
-            progress(f"tasks, {task.name}", done, len(suite.tasks))
-            try:
-                checked[task.name] = check_task(suite, task, setup.tokenizer, folder, setup.lm)
-            except (RuntimeError, ValueError) as error:
-                raise preflight.Missing(str(error)) from error
-        progress("tasks", len(suite.tasks), len(suite.tasks))
+    if preflight.ACCURACY not in setup.parts or not suite.arms:
+        return {}
+    folder = setup.out / "tasks"
+    folder.mkdir(exist_ok=True)
+    progress("tasks", 0, 1)
+    try:
+        checked = check_tasks(suite, setup.tokenizer, folder, setup.lm)
+    except (RuntimeError, ValueError) as error:
+        raise preflight.Missing(str(error)) from error
+    progress("tasks", 1, 1)
     return checked
 
 
