@@ -36,8 +36,8 @@ COUNTERS = {
 }
 GAUGES = {"running": "vllm:num_requests_running", "cache_use": "vllm:kv_cache_usage_perc"}
 PERCENTILES = (50, 90, 99)
-_WATCH_SECONDS = 0.25
-_LOOKS_PER_CLOCK = 20  # asking the driver takes longer than asking the server
+_IDLE_SECONDS = 0.25  # between looks at a server that has nothing to do yet
+_BUSY_SECONDS = 3.0  # a server that answers a look delays a step: of fewer than one in a hundred
 
 
 @dataclass(frozen=True)
@@ -249,19 +249,21 @@ def _watch(server: Server) -> Iterator[dict[str, float]]:
     done = threading.Event()
 
     def look() -> None:
-        looks = 0
-        while not done.wait(_WATCH_SECONDS):
-            looks += 1
-            if peaks["running"] and looks % _LOOKS_PER_CLOCK == 0:
-                for gpu in find_gpus():
-                    if gpu.sm_clock_mhz is not None:
-                        peaks["clock"] = min(peaks.get("clock", math.inf), gpu.sm_clock_mhz)
+        looks, pause = 0, _IDLE_SECONDS
+        while not done.wait(pause):
             try:
                 metrics = server.metrics()
             except httpx.HTTPError:
                 continue  # a busy server answers the next time; its absence shows in the load
             for name, metric in GAUGES.items():
                 peaks[name] = max(peaks[name], total(metrics, metric))
+            if not peaks["running"]:
+                continue
+            looks += 1
+            pause = min(float(looks), _BUSY_SECONDS)
+            for gpu in find_gpus():
+                if gpu.sm_clock_mhz is not None:
+                    peaks["clock"] = min(peaks.get("clock", math.inf), gpu.sm_clock_mhz)
 
     thread = threading.Thread(target=look, daemon=True)
     thread.start()
