@@ -48,6 +48,15 @@ def test_other_data_give_another_figure(tmp_path: Path, make_run: MakeRun) -> No
     assert (tmp_path / "capacity.svg").read_bytes() != before
 
 
+def test_a_curve_of_zeros_is_not_drawn(tmp_path: Path, make_run: MakeRun) -> None:
+    data = make_run().model_dump()
+    for m in data["measurements"]:
+        if "from" in m["context"]:
+            m["samples"], m["median"] = [0.0], 0.0
+    files = render(Run.model_validate(data), tmp_path)
+    assert {file.name for file in files[1:]} == {"capacity.svg"}
+
+
 def test_the_headline_names_the_gate_that_fails(make_run: MakeRun) -> None:
     assert headline(make_run(Verdict.FAIL)) == ("A required gate fails. kld: mean KLD 0.0123 nats.")
 

@@ -75,7 +75,8 @@ def draw(run: Run, out: Path, others: Sequence[Run] = (), answers: Run | None = 
 
 
 def _profiles(run: Run) -> list[str]:
-    found = (m.context["profile"] for m in run.measurements if "from" in m.context)
+    """Subjects with something to draw: zero has no place on a logarithmic axis."""
+    found = (m.context["profile"] for m in run.measurements if "from" in m.context and m.median > 0)
     return [str(profile) for profile in dict.fromkeys(found)]
 
 
