@@ -28,7 +28,14 @@ ENGINE_ENV = {
     "OMP_WAIT_POLICY": "PASSIVE",
 }
 # suites and the GPUs that they need
-SUITES = {"smoke": 0, "rehearsal": 0, "sensitivity": 0, "small-model": 1, "qwen3-32b-tp2": 2}
+SUITES = {
+    "smoke": 0,
+    "rehearsal": 0,
+    "sensitivity": 0,
+    "small-model-cpu": 0,
+    "small-model": 1,
+    "qwen3-32b-tp2": 2,
+}
 OFFLINE_ENV = {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1"}
 
 
