@@ -121,7 +121,8 @@ class Setup:
         if arm in suite.arms:
             how = list(command_line(self.options(arm)))
         else:
-            how = [f"{suite.emulated_items} items", *map(str, suite.emulated.values())]
+            how = [f"{suite.emulated_items} items", *suite.profiles]
+            how += map(str, suite.emulated.values())
         return {
             "questions": suite.questions_sha256,
             "weights": self.weights_sha256,
