@@ -76,6 +76,18 @@ def test_arms_side_by_side_observe_the_same(tmp_path: Path) -> None:
     assert again.measurements == together.measurements
 
 
+def test_other_profiles_are_asked_for_no_more_than_the_parts(tmp_path: Path) -> None:
+    one = setup(tmp_path, parts=("capacity",))
+    stressed = one.suite.model_copy(
+        update={"profiles": ("plain", "tiny"), "traces": load_suite("rehearsal").traces}
+    )
+    run = run_suite(dataclasses.replace(one, suite=stressed), quiet)
+    assert not (tmp_path / "tiny-kvarn" / "server.log").exists()
+    assert not list(tmp_path.glob("*/scoring.log"))
+    assert run.verdict is Verdict.PASS
+    assert {m.name for m in run.measurements if m.arm == "kvarn"} >= {"pool_tokens", "startup"}
+
+
 def test_an_arm_that_fails_does_not_stop_the_others(tmp_path: Path) -> None:
     one = setup(tmp_path, parts=("capacity",))
     fp8 = one.suite.arms["fp16"].model_copy(update={"options": {"behaviour": "crash"}})

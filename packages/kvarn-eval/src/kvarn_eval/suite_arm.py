@@ -175,7 +175,7 @@ def observe(
     """
     folder = setup.folder(profile, arm)
     folder.mkdir(parents=True, exist_ok=True)
-    parts = setup.parts if profile == "plain" else (ACCURACY, FIDELITY)
+    parts = [x for x in setup.parts if profile == "plain" or x in (ACCURACY, FIDELITY)]
     found: dict[str, Any] = {**_SERVED, "texts": [], "floor": []}
     label = f"{profile} {arm}"
     writes = FIDELITY in parts and setup.suite.traces is not None
@@ -229,7 +229,7 @@ def earlier(setup: Setup, profile: str, arm: str) -> dict[str, Any] | None:
 
 def _ask(
     setup: Setup,
-    parts: tuple[str, ...],
+    parts: list[str],
     arm: str,
     server: Server,
     checked: dict[str, Checked],
