@@ -212,6 +212,7 @@ def test_only_servers_whose_answers_are_read_parse_reasoning(tmp_path: Path) -> 
         (("smoke", "--load-format", "dummy"), 1, "Random weights know no answers"),
         (("smoke", "--model", "nowhere"), 1, "nowhere has no config.json"),
         (("smoke", "--arms", "fp16"), 2, "Arm kvarn cannot be left out"),
+        (("sensitivity", "--parts", "capacity"), 1, "measures no capacity. Choose of accuracy."),
         (("smoke", "--at-once", "2"), 2, "Drop --at-once, or leave throughput out of --parts"),
     ],
 )

@@ -29,7 +29,7 @@ class Missing(Exception):
 
 
 def check_parts(suite: Suite, parts: tuple[str, ...], load_format: str) -> None:
-    """Refuse parts that do not exist or that random weights cannot answer.
+    """Refuse parts that do not exist, measure nothing, or that random weights cannot answer.
 
     Raises
     ------
@@ -37,9 +37,18 @@ def check_parts(suite: Suite, parts: tuple[str, ...], load_format: str) -> None:
     """
     if unknown := set(parts) - set(PARTS):
         raise Missing(f"There is no part {min(unknown)}. Choose of {', '.join(PARTS)}.")
-    answering = [part for part in (ACCURACY, FIDELITY) if part in parts]
-    asked = {ACCURACY: bool(suite.tasks), FIDELITY: suite.traces is not None}
-    if load_format == DUMMY and any(asked[part] for part in answering):
+    served = bool(suite.arms)
+    asked = {
+        ACCURACY: bool(suite.tasks and (served or suite.emulated)),
+        FIDELITY: served and suite.traces is not None,
+        CAPACITY: served,
+        THROUGHPUT: served and bool(suite.scenarios),
+    }
+    measured = [part for part in parts if asked[part]]
+    if not measured:
+        has = ", ".join(part for part in PARTS if asked[part])
+        raise Missing(f"Suite {suite.name} measures no {' or '.join(parts)}. Choose of {has}.")
+    if load_format == DUMMY and {ACCURACY, FIDELITY} & set(measured):
         raise Missing(
             "Random weights know no answers. Add --parts capacity,throughput, or name a folder "
             "with weights and drop --load-format dummy."

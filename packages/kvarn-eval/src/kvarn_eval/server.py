@@ -216,7 +216,7 @@ def end_children() -> None:
     """End what other threads have started; they see their program end. None starts again."""
     with _starting:
         _ended.set()
-        for process in _running:
+        for process in tuple(_running):  # threads take theirs away as it ends
             _signal_group(process, signal.SIGTERM)
 
 
