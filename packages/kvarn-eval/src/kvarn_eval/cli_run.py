@@ -45,8 +45,16 @@ def run(
     as_json: Annotated[bool, typer.Option("--json", help="Print the result document.")] = False,
 ) -> None:
     """Run a suite: a server per arm, the same questions, the limits of the suite."""
-    from kvarn_eval.preflight import DUMMY, PARTS, THROUGHPUT, Missing, weights_sha256
+    from kvarn_eval.preflight import (
+        DUMMY,
+        PARTS,
+        THROUGHPUT,
+        Missing,
+        check_model,
+        weights_sha256,
+    )
     from kvarn_eval.small_model.tasks import trained
+    from kvarn_eval.stand_in import complete_tokenizer
     from kvarn_eval.suite import load_suite
     from kvarn_eval.suite_arm import Setup
     from kvarn_eval.suite_run import check_all, run_suite
@@ -95,7 +103,11 @@ def run(
     try:
         with progress_bars() as progress:
             check_all(setup, progress)
-            if load_format != DUMMY:
+            if load_format == DUMMY:
+                vocabulary = check_model(checkpoint, load_format)["vocab_size"]
+                complete = complete_tokenizer(setup.tokenizer, vocabulary, folder / "tokenizer")
+                setup = replace(setup, tokenizer=complete)
+            else:
                 setup = replace(setup, weights_sha256=weights_sha256(checkpoint))
             result = run_suite(setup, progress, reuse=reuse)
     except ValueError as error:

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     Floats = NDArray[np.float64]
+    Indices = NDArray[np.int64]
 
 RESAMPLES = 10_000
 MIN_SAMPLES = 5  # of each side; fewer say nothing about their own noise
@@ -27,19 +28,16 @@ SEED = 20_260_603
 _CHUNK = 500  # resamples drawn at once; bounds memory
 
 
-def _weights(count: int, strata: Sequence[object] | None) -> Iterator[Floats]:
-    """Multiplicities [_CHUNK, count] of each unit, resampled within its stratum."""
+def _draws(count: int, strata: Sequence[object] | None) -> Iterator[Indices]:
+    """Indices [_CHUNK, count] of units, each resampled within its stratum."""
     labels = [0] * count if strata is None else list(strata)
     groups = [
         np.array([i for i, s in enumerate(labels) if s == label]) for label in dict.fromkeys(labels)
     ]
     rng = np.random.default_rng(SEED)
     for _ in range(RESAMPLES // _CHUNK):
-        weights = np.zeros((_CHUNK, count))
-        for members in groups:
-            size = len(members)
-            weights[:, members] = rng.multinomial(size, np.full(size, 1 / size), size=_CHUNK)
-        yield weights
+        drawn = [g[rng.integers(len(g), size=(_CHUNK, len(g)))] for g in groups]
+        yield np.concatenate(drawn, axis=1)
 
 
 def ratio_samples(
@@ -66,7 +64,8 @@ def ratio_samples(
     if len(top) == 0 or len(top) != len(bottom):
         raise ValueError(f"{len(top)} and {len(bottom)} units cannot be paired.")
     a, b = np.asarray(top, dtype=np.float64), np.asarray(bottom, dtype=np.float64)
-    return np.concatenate([(w @ a) / (w @ b) for w in _weights(len(a), strata)])
+    draws = _draws(len(a), strata)
+    return np.concatenate([a[i].sum(axis=1) / b[i].sum(axis=1) for i in draws])
 
 
 def mean_interval(
