@@ -34,6 +34,7 @@ SUITES = {
     "sensitivity": 0,
     "small-model-cpu": 0,
     "small-model": 1,
+    "qwen3-32b-one-gpu": 1,
     "qwen3-32b-tp2": 2,
 }
 OFFLINE_ENV = {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1"}
@@ -220,7 +221,7 @@ def gate(session: nox.Session, suite: str) -> None:
         session.error(f"suite {suite} needs {needed} NVIDIA GPUs, and this machine has none")
     install_wheels(session, "cuda" if gpu else "cpu")
     arguments = ["--out", f"results/{suite}", *session.posargs]
-    if "--model" not in arguments and suite != "qwen3-32b-tp2":
+    if "--model" not in arguments and not suite.startswith("qwen3"):
         arguments += ["--model", "packages/kvarn-eval/models/small"]
     session.run("kvarn-eval", "run", suite, *arguments, env={} if gpu else ENGINE_ENV)
 
