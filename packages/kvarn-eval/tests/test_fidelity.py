@@ -18,13 +18,16 @@ from kvarn_eval.fidelity import (
     Distance,
     PolicyCache,
     Text,
+    as_served,
     compare,
+    load_model,
     make_texts,
     program_texts,
     pseudo_decode,
     texts_sha256,
     weights_sha256,
 )
+from kvarn_eval.small_model import SMALL_MODEL
 from kvarn_eval.small_model.tasks import FAMILIES
 
 if TYPE_CHECKING:
@@ -37,6 +40,19 @@ G = DEFAULT_PRESET.group
 
 def rows(length: int, heads: int, dim: int = 64) -> torch.Tensor:
     return torch.randn(heads, length, dim, generator=torch.Generator().manual_seed(length + heads))
+
+
+@pytest.mark.parametrize("profile", ["moderate", "large"])
+def test_keys_as_served_do_not_depend_on_the_size_of_norms(profile: str) -> None:
+    plain, stressed = (
+        as_served(load_model(SMALL_MODEL, x), ARMS["kvarn"]).state_dict()
+        for x in ("plain", profile)
+    )
+    norms = [name for name in plain if "q_norm" in name or "k_norm" in name]
+    assert len(norms) == 12
+    assert all(torch.equal(plain[name], stressed[name]) for name in norms)
+    model = load_model(SMALL_MODEL, profile)
+    assert as_served(model, ARMS["paper"]) is model
 
 
 @pytest.mark.parametrize(

@@ -182,7 +182,9 @@ def test_what_is_unsupported_is_refused(model: Any) -> None:
 
 
 def test_the_guide_runs(capsys: pytest.CaptureFixture[str]) -> None:
-    tensor, cache = re.findall(r"```python\n(.*?)```", GUIDE.read_text(encoding="utf-8"), re.S)
+    tensor, cache, norms = re.findall(
+        r"```python\n(.*?)```", GUIDE.read_text(encoding="utf-8"), re.S
+    )
     exec(tensor, {})  # noqa: S102 - the page is ours
     assert "4.74 times smaller than fp16" in capsys.readouterr().out
     prompt = make_item("recall", 7, prompt_tokens=300, questions=4, rewrites=0.5).prompt
@@ -194,5 +196,10 @@ def test_the_guide_runs(capsys: pytest.CaptureFixture[str]) -> None:
         assert cache.count(shown) == 1
         cache = cache.replace(shown, meant)
     assert len(cache.splitlines()) <= 10
-    exec(cache, {})  # noqa: S102
+    names: dict[str, Any] = {}
+    exec(cache, names)  # noqa: S102
     assert re.search(r"3\d\d tokens in 1\.\d MiB", capsys.readouterr().out)
+    names["model"].float()  # fp16 would lose bits of numbers below 6e-5
+    before = names["model"](names["inputs"]["input_ids"]).logits
+    exec(norms, names)  # noqa: S102
+    assert torch.equal(names["model"](names["inputs"]["input_ids"]).logits, before)

@@ -222,8 +222,10 @@ def start(tiny_model: Callable[..., Path]) -> Callable[..., Any]:
     """Context manager that runs an engine: ``with start("kvarn_k4v2_g128", head_dim=64) as e``."""
 
     @contextmanager
-    def started(kv_cache_dtype: str, *, head_dim: int = 128, **options: Any) -> Iterator[Engine]:
-        engine = Engine(tiny_model(head_dim), kv_cache_dtype, **options)
+    def started(
+        kv_cache_dtype: str, *, head_dim: int = 128, model: Path | None = None, **options: Any
+    ) -> Iterator[Engine]:
+        engine = Engine(model or tiny_model(head_dim), kv_cache_dtype, **options)
         try:
             yield engine
         finally:

@@ -77,11 +77,15 @@ FLAGS = {
     ),
     "unknown-option": (
         {"additional_config": {"kvarn": {"prefil": "chunk"}}},
-        "KVarN: there is no option 'prefil'. Use prefill, recipe, engine.",
+        "KVarN: there is no option 'prefil'. Use prefill, recipe, engine, balance.",
     ),
     "unknown-prefill-mode": (
         {"additional_config": {"kvarn": {"prefill": "fast"}}},
         "KVarN: option prefill cannot be 'fast'. Use chunk or sealed.",
+    ),
+    "unknown-balance": (
+        {"additional_config": {"kvarn": {"balance": "no"}}},
+        "KVarN: option balance cannot be 'no'. Use true or false.",
     ),
     "unknown-recipe": (
         {"additional_config": {"kvarn": {"recipe": ["paper"]}}},
@@ -322,6 +326,9 @@ def test_options() -> None:
     assert Options.from_config(given) == Options("sealed", Recipe.PAPER, "reference")
     assert Options.from_config(given).forced_engine == "reference"
     assert Options().forced_engine is None
+    assert Options().balances
+    assert not Options.from_config({"kvarn": {"balance": False}}).balances
+    assert not Options("chunk", Recipe.PAPER).balances
 
 
 def test_group_is_the_default_block_size(tiny_model: Any) -> None:

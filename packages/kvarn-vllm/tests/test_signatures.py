@@ -24,6 +24,7 @@ SOURCES = {
     "Attention.get_kv_cache_spec": "8ea8d60b58701bf4",
     "MultiGroupBlockTable.__init__": "4fb846b5be571362",
     "BlockTables.__init__": "58cfb5671406d3e0",
+    "WorkerWrapperBase.initialize_from_config": "3b298834beaea7f5",
 }
 
 

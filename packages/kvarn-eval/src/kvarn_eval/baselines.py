@@ -37,10 +37,13 @@ class Method:
     quantise : callable or None
         ``quantise(key, value, preset)``: complete tiles [N, G, D], fp32, to what is read back, same
         shapes. None keeps every row exact.
+    balanced : bool
+        Whether the norms of queries and keys are balanced first (`kvarn_core.balance`).
     """
 
     exact: Rows
     quantise: Tiles | None
+    balanced: bool = False
 
 
 def half(rows: Tensor, preset: Preset) -> Tensor:
@@ -103,5 +106,5 @@ METHODS: dict[str, Method] = {
     "kivi": Method(half, kivi),
     "hadamard": Method(rotated_half, hadamard),
     "paper": Method(rotated_half, recorded(Recipe.PAPER)),
-    "kvarn": Method(rotated_half, recorded(Recipe.KVARN)),
+    "kvarn": Method(rotated_half, recorded(Recipe.KVARN), balanced=True),
 }

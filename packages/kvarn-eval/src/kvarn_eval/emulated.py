@@ -10,7 +10,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from kvarn_core import PRESETS
-from kvarn_eval.fidelity import CachePolicy, PolicyCache, load_model
+from kvarn_eval.fidelity import CachePolicy, PolicyCache, as_served, load_model
 from kvarn_eval.lm_tasks import HELD_OUT_SEED
 from kvarn_eval.schema import Arm, Measurement
 from kvarn_eval.small_model import tasks as families
@@ -93,11 +93,12 @@ def run_emulated(
         weights = load_model(model, profile, device)
         for name, arm in suite.emulated.items():
             cache = _Single(PolicyCache(policy(arm), PRESETS[arm.preset]))
+            reader = as_served(weights, policy(arm))
             right: dict[str, list[float]] = {task: [] for task in items}
             done, total = 0, sum(map(len, items.values()))
             for task, problems in items.items():
                 for item in problems:
-                    right[task] += map(float, exact_match(weights, [item], cache))
+                    right[task] += map(float, exact_match(reader, [item], cache))
                     done += 1
                     progress(f"{profile} {name}", done, total)
             found += _accuracy(profile, name, right)

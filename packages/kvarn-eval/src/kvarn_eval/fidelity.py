@@ -14,6 +14,7 @@ running server exercises (`demo`).
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import json
 from dataclasses import dataclass
@@ -22,6 +23,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from kvarn_core import PRESETS, Preset, RecordLayout
+from kvarn_core.balance import balance_
 from kvarn_eval.baselines import METHODS
 from kvarn_eval.small_model import corpus, outliers, tasks, tokenizer
 from kvarn_eval.small_model.model import SmallModel, causal_attention
@@ -205,6 +207,18 @@ def load_model(folder: Path, profile: str, device: str = "cpu") -> SmallModel:
     return model
 
 
+def as_served(model: SmallModel, policy: CachePolicy) -> SmallModel:
+    """The model whose keys a cache of this policy gets: another one of the same function, or it."""
+    if not METHODS[policy.method].balanced:
+        return model
+    served = copy.deepcopy(model)
+    weights = served.state_dict()
+    for i in range(model.config.num_hidden_layers):
+        query, key = (weights[f"model.layers.{i}.self_attn.{x}_norm.weight"] for x in "qk")
+        balance_(query, key, model.config.head_dim)
+    return served
+
+
 def weights_sha256(folder: Path) -> str:
     """Hash of `model.safetensors` in a model folder."""
     return hashlib.sha256((folder / "model.safetensors").read_bytes()).hexdigest()
@@ -237,7 +251,8 @@ def pseudo_decode(
     Tensor [T, V], fp64, on the model's device
     """
     device = model.model.embed_tokens.weight.device
-    logits: Tensor = model(torch.tensor(ids, device=device), PolicyCache(policy, preset))
+    reader = as_served(model, policy)
+    logits: Tensor = reader(torch.tensor(ids, device=device), PolicyCache(policy, preset))
     return logits.double().log_softmax(-1)
 
 

@@ -6,6 +6,7 @@ put its configuration together, the few that concern a single layer when that la
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -44,11 +45,19 @@ class Options:
         ``auto`` (default): Triton kernels on a GPU, plain torch on the CPU.
         ``reference``: plain torch, on any platform. ``triton``: kernels, or a refusal. ``cuda``:
         CUDA C++ where an operation has it, else Triton, or a refusal.
+    balance: bool
+        Whether models with QK-norm get keys balanced against queries (`kvarn_core.balance`).
     """
 
     prefill: str = "chunk"
     recipe: Recipe = Recipe.KVARN
     engine: str = "auto"
+    balance: bool = True
+
+    @property
+    def balances(self) -> bool:
+        """Whether weights are balanced; the published recipe is served as published."""
+        return self.balance and self.recipe is Recipe.KVARN
 
     @property
     def forced_engine(self) -> str | None:
@@ -77,19 +86,19 @@ class Options:
 def _values(given: Mapping[str, object]) -> dict[str, Any]:
     """Checked values of the options that are given."""
     recipes = {recipe.name: recipe for recipe in (Recipe.KVARN, Recipe.PAPER)}
-    choices: dict[str, dict[str, Any]] = {
+    choices: dict[str, dict[Any, Any]] = {
         "prefill": {mode: mode for mode in PREFILL_MODES},
         "recipe": recipes,
         "engine": {engine: engine for engine in ENGINES},
+        "balance": {True: True, False: False},
     }
     values = {}
     for key, value in given.items():
         if key not in choices:
             raise ValueError(f"KVarN: there is no option {key!r}. Use {', '.join(choices)}.")
-        if not isinstance(value, str) or value not in choices[key]:
-            raise ValueError(
-                f"KVarN: option {key} cannot be {value!r}. Use {' or '.join(choices[key])}."
-            )
+        if not isinstance(value, (str, bool)) or value not in choices[key]:
+            possible = " or ".join(x if isinstance(x, str) else json.dumps(x) for x in choices[key])
+            raise ValueError(f"KVarN: option {key} cannot be {value!r}. Use {possible}.")
         values[key] = choices[key][value]
     return values
 

@@ -1,6 +1,6 @@
 """Every change to vLLM's internals, in one list.
 
-vLLM 0.22 has no public way to add a cache dtype, its page arithmetic or wider page tables, so five
+vLLM 0.22 has no public way to add a cache dtype, its page arithmetic or wider page tables, so six
 callables are wrapped and four tables extended. Each wrapper passes through untouched unless a
 ``kvarn_*`` dtype is in play. The version and the parameter names of everything wrapped or
 overridden are recorded in `kvarn_vllm.signatures` and compared before anything is touched: an
@@ -304,6 +304,24 @@ def _wider_table_v2(original: Callable[..., Any]) -> Callable[..., Any]:
     return __init__
 
 
+def _balanced_model(original: Callable[..., Any]) -> Callable[..., Any]:
+    def initialize_from_config(self: Any, kv_cache_configs: list[Any]) -> None:
+        config = self.vllm_config
+        options = Options.from_config(config.additional_config)
+        # weights that arrive while serving would meet norms of another scale
+        if (
+            is_kvarn(config.cache_config.cache_dtype)
+            and options.balances
+            and config.weight_transfer_config is None
+        ):
+            from kvarn_vllm.balance import balance_model
+
+            balance_model(self.worker.get_model())
+        original(self, kv_cache_configs)
+
+    return initialize_from_config
+
+
 def _table_columns() -> int:
     """Columns a page table needs under the configuration being built; 0 if it is not ours."""
     from vllm.config import get_current_vllm_config_or_none
@@ -349,5 +367,10 @@ PATCHES = (
         "vllm.v1.worker.gpu.block_table:BlockTables.__init__",
         _wider_table_v2,
         "the same in the second model runner, where an overflow spills into the next row",
+    ),
+    Patch(
+        "vllm.v1.worker.worker_base:WorkerWrapperBase.initialize_from_config",
+        _balanced_model,
+        "weights are there and no CUDA graph is: keys can still be balanced against queries",
     ),
 )

@@ -32,6 +32,7 @@ SIGNATURES: dict[str, str] = {
         "self block_sizes max_num_reqs max_num_batched_tokens max_num_blocks_per_group device "
         "kernel_block_sizes cp_size cp_rank cp_interleave"
     ),
+    "vllm.v1.worker.worker_base:WorkerWrapperBase.initialize_from_config": "self kv_cache_configs",
     # overridden
     f"{_MANAGER}.__init__": (
         "self kv_cache_spec block_pool enable_caching kv_cache_group_id dcp_world_size "
@@ -77,6 +78,7 @@ SIGNATURES: dict[str, str] = {
         "output prefix_output prefix_lse suffix_output suffix_lse output_lse "
         "prefill_tokens_with_context output_scale"
     ),
+    "vllm.v1.worker.worker_base:WorkerBase.get_model": "self",
     "vllm.v1.core.block_pool:BlockHashToBlockMap.get_one_block": "self key",
     "vllm.v1.core.block_pool:BlockHashToBlockMap.insert": "self key block",
 }
