@@ -8,13 +8,19 @@ from typing import TYPE_CHECKING
 import pytest
 from tokenizers import Tokenizer
 from tokenizers.decoders import DecodeStream
+from typer.testing import CliRunner
 
+from kvarn_eval.cli import app
 from kvarn_eval.preflight import Missing
+from kvarn_eval.small_model import SMALL_MODEL
 from kvarn_eval.small_model.tokenizer import TOKENS, save_tokenizer
-from kvarn_eval.stand_in import complete_tokenizer
+from kvarn_eval.stand_in import complete_tokenizer, vocabulary
 
 if TYPE_CHECKING:
     from pathlib import Path
+
+    from kvarn_eval.schema import Run
+    from kvarn_eval.suite_arm import Setup
 
 VOCABULARY = 700
 
@@ -46,6 +52,26 @@ def test_prompts_read_as_before(small: Path, tmp_path: Path) -> None:
 
 def test_a_complete_tokenizer_stays(small: Path, tmp_path: Path) -> None:
     assert complete_tokenizer(small, len(TOKENS), tmp_path / "complete") == small
+
+
+def test_the_vocabulary_is_that_of_the_text_model() -> None:
+    assert vocabulary({"vocab_size": 9}) == vocabulary({"text_config": {"vocab_size": 9}}) == 9
+    with pytest.raises(Missing, match="no vocab_size"):
+        vocabulary({})
+
+
+def test_random_weights_are_served_with_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[Path] = []
+
+    def run_suite(setup: Setup, *args: object, **kwargs: object) -> Run:
+        seen.append(setup.tokenizer)
+        raise RuntimeError("enough")
+
+    monkeypatch.setattr("kvarn_eval.suite_run.run_suite", run_suite)
+    for more in (["--load-format", "dummy"], []):
+        arguments = ["run", "smoke", "--parts", "capacity", "--out", str(tmp_path), *more]
+        assert CliRunner().invoke(app, arguments).exit_code == 1
+    assert seen == [tmp_path / "tokenizer", SMALL_MODEL]
 
 
 def test_special_tokens_keep_their_ids(tmp_path: Path) -> None:

@@ -54,7 +54,7 @@ def run(
         weights_sha256,
     )
     from kvarn_eval.small_model.tasks import trained
-    from kvarn_eval.stand_in import complete_tokenizer
+    from kvarn_eval.stand_in import complete_tokenizer, vocabulary
     from kvarn_eval.suite import load_suite
     from kvarn_eval.suite_arm import Setup
     from kvarn_eval.suite_run import check_all, run_suite
@@ -104,8 +104,8 @@ def run(
         with progress_bars() as progress:
             check_all(setup, progress)
             if load_format == DUMMY:
-                vocabulary = check_model(checkpoint, load_format)["vocab_size"]
-                complete = complete_tokenizer(setup.tokenizer, vocabulary, folder / "tokenizer")
+                ids = vocabulary(check_model(checkpoint, load_format))
+                complete = complete_tokenizer(setup.tokenizer, ids, folder / "tokenizer")
                 setup = replace(setup, tokenizer=complete)
             else:
                 setup = replace(setup, weights_sha256=weights_sha256(checkpoint))

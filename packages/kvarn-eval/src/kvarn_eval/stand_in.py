@@ -10,12 +10,26 @@ from __future__ import annotations
 
 import json
 import shutil
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from kvarn_eval.preflight import Missing
 
 if TYPE_CHECKING:
     from pathlib import Path
+
+
+def vocabulary(config: dict[str, Any]) -> int:
+    """Number of token ids of a model, from its ``config.json``.
+
+    Raises
+    ------
+    Missing
+        If the file does not say.
+    """
+    for part in (config, config.get("text_config", {})):  # the latter of a multimodal model
+        if "vocab_size" in part:
+            return int(part["vocab_size"])
+    raise Missing("The config.json of the model has no vocab_size. Complete it.")
 
 
 def complete_tokenizer(folder: Path, vocab_size: int, out: Path) -> Path:
