@@ -15,6 +15,7 @@ from kvarn_core import nvrtc
 from kvarn_core.nvrtc import DIGEST_BYTES, Kernel, Packer, Program, Variant
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
     from pathlib import Path
 
 SOURCE = '#include "device.cuh"\nKERNEL void copy(int* p) { p[threadIdx.x] = VALUE; }\n'
@@ -156,7 +157,8 @@ def test_a_launch_binds_the_context_of_a_fresh_thread_and_names_what_failed(
 
     stream = Stream()
     monkeypatch.setattr("torch.cuda.current_stream", lambda device: stream)
-    monkeypatch.setattr("torch.cuda.device", lambda device: contextlib.nullcontext())
+    monkeypatch.setattr("torch.cuda.current_device", lambda: 0)
+    monkeypatch.setattr("torch._C._cuda_getCurrentRawStream", [77].__getitem__)
     variant = Variant("copy", program, ("pointer", "i32"), 64, 1, 512)
     kernel = Kernel(variant, 5, torch.device("cuda", 0))
     driver = Driver(CUresult.CUDA_ERROR_INVALID_CONTEXT)
@@ -168,3 +170,29 @@ def test_a_launch_binds_the_context_of_a_fresh_thread_and_names_what_failed(
     with pytest.raises(RuntimeError, match=r"^Launching copy failed: .*INVALID_VALUE"):
         kernel.launch((1, 1, 1), 0, 0)
     assert stream.queries == 1
+
+
+@compiles
+def test_a_launch_reaches_its_own_device(program: Program, monkeypatch: pytest.MonkeyPatch) -> None:
+    current = [1]
+
+    @contextlib.contextmanager
+    def switch(device: torch.device) -> Iterator[None]:
+        before, current[0] = current[0], device.index
+        yield
+        current[0] = before
+
+    monkeypatch.setattr("torch.cuda.current_device", lambda: current[0])
+    monkeypatch.setattr("torch.cuda.device", switch)
+    monkeypatch.setattr("torch._C._cuda_getCurrentRawStream", [77, 99].__getitem__)
+    kernel = Kernel(Variant("copy", program, ("pointer", "i32"), 64, 1), 5, torch.device("cuda", 0))
+    devices: list[tuple[int, object]] = []
+
+    def launch(*arguments: object) -> tuple[int]:
+        devices.append((current[0], arguments[8]))
+        return (0,)
+
+    monkeypatch.setattr(kernel, "_launch", launch)
+    kernel.launch((1, 1, 1), 0, 0)
+    assert devices == [(0, 77)]
+    assert current == [1]

@@ -173,13 +173,18 @@ class Kernel:
         RuntimeError
             If the driver refuses.
         """
-        stream = torch.cuda.current_stream(self._device)
-        with self._lock, torch.cuda.device(self._device):
+        if torch.cuda.current_device() != self._device.index:
+            with torch.cuda.device(self._device):
+                self.launch(grid, *values)
+            return
+        # torch's own way to a stream builds an object, which a launch has no time for
+        stream = torch._C._cuda_getCurrentRawStream(self._device.index)
+        with self._lock:
             self._arguments.pack(*values)  # the driver copies them before it returns
-            error = self._enqueue(grid, stream.cuda_stream)
+            error = self._enqueue(grid, stream)
             if error == self._no_context:  # a thread that has not talked to the GPU yet
-                stream.query()
-                error = self._enqueue(grid, stream.cuda_stream)
+                torch.cuda.current_stream(self._device).query()
+                error = self._enqueue(grid, stream)
         if error:
             raise RuntimeError(f"Launching {self.variant.name} failed: {error!s}.")
 

@@ -76,31 +76,28 @@ class Batched:
             "max_query_len": step.max_query_len,
             "engine": self.engine,
         }
-        everything = step.rows(0, len(step.seq_lens))
 
         def seal_all() -> None:
-            seal(key, value, cache, *everything, recipe=self.recipe, layer=layer, **common)
+            seal(key, value, cache, *step.everything, recipe=self.recipe, layer=layer, **common)
 
         if step.prefill is None:
             with beside(seal_all, query.device):
-                append(key, value, cache, *everything, **common)
-                self._decode(query, cache, *everything[:2], output)
+                append(key, value, cache, *step.everything, **common)
+                self._decode(query, cache, *step.everything[:2], output)
             return
 
-        decodes = step.rows(0, step.num_decodes)
-        prefills = step.rows(step.num_decodes, len(step.seq_lens))
-        write_sink(key, value, cache, *prefills, **common)
+        write_sink(key, value, cache, *step.prefills, **common)
         seal_all()
         if step.num_decodes:
-            append(key, value, cache, *decodes, **{**common, "max_query_len": 1})
-            self._decode(query, cache, *decodes[:2], output)
+            append(key, value, cache, *step.decodes, **{**common, "max_query_len": 1})
+            self._decode(query, cache, *step.decodes[:2], output)
         new = slice(step.prefill.first_token, step.num_tokens)
         prefill(
-            query[new], key[new], value[new], cache, prefills[0], step.prefill, output[new],
+            query[new], key[new], value[new], cache, step.prefills[0], step.prefill, output[new],
             layout=self.layout, attention=self.attention, workspace=self.workspace,
             engine=self.engine,
         )  # fmt: skip
-        append(key, value, cache, *prefills, **common)  # last: prefill read the old ring
+        append(key, value, cache, *step.prefills, **common)  # last: prefill read the old ring
 
     def _decode(
         self,

@@ -66,15 +66,13 @@ class ByRequest:
         layer: int,
     ) -> None:
         """Store the new rows of a step and attend; see `KVarNImpl.forward` for the tensors."""
-        everything = step.rows(0, len(step.seq_lens))
-        decodes = step.rows(0, step.num_decodes)
-        write_sink(key, value, cache, *everything, layout=self.layout, engine=self.engine)
+        write_sink(key, value, cache, *step.everything, layout=self.layout, engine=self.engine)
         seal(
-            key, value, cache, *everything,
+            key, value, cache, *step.everything,
             layout=self.layout, recipe=self.recipe, layer=layer, engine=self.engine,
         )  # fmt: skip
-        append(key, value, cache, *decodes, layout=self.layout, engine=self.engine)
-        table, lens, _ = decodes
+        append(key, value, cache, *step.decodes, layout=self.layout, engine=self.engine)
+        table, lens, _ = step.decodes
         rows = slice(0, step.num_decodes)
         output[rows], _ = decode(
             query[rows], cache, table, lens,

@@ -10,6 +10,7 @@ vLLM has on the host, and sent to the device in one copy that nobody waits for.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
@@ -28,6 +29,8 @@ from kvarn_vllm.workspace import CONTEXT_TOKENS
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
+
+    Rows = tuple[torch.Tensor, torch.Tensor, torch.Tensor]  # page table, lengths, prefix sum
 
 
 @dataclass(frozen=True)
@@ -110,7 +113,22 @@ class KVarNMetadata(AttentionMetadata):  # type: ignore[misc]
     max_query_len: int
     prefill: Prefill | None = None
 
-    def rows(self, start: int, stop: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    @cached_property
+    def everything(self) -> Rows:
+        """All requests."""
+        return self.rows(0, len(self.seq_lens))
+
+    @cached_property
+    def decodes(self) -> Rows:
+        """The requests with one new token."""
+        return self.rows(0, self.num_decodes)
+
+    @cached_property
+    def prefills(self) -> Rows:
+        """The others."""
+        return self.rows(self.num_decodes, len(self.seq_lens))
+
+    def rows(self, start: int, stop: int) -> Rows:
         """Page table, lengths and prefix sum of requests `start` to `stop`."""
         return (
             self.page_table[start:stop],

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import cache as memoize
+from importlib import import_module
 from typing import TYPE_CHECKING
 
 import torch
@@ -10,7 +12,11 @@ from kvarn_core import dispatch
 from kvarn_core.ops.decode import reference
 
 if TYPE_CHECKING:
+    from types import ModuleType
+
     from kvarn_core.layout import RecordLayout
+
+KERNELS = ("triton", "cuda")
 
 
 def decode(
@@ -84,26 +90,21 @@ def decode(
             f"query has shape {tuple(query.shape)}. Pass [B, Hq, {layout.head_dim}] with Hq a "
             f"multiple of the {cache.shape[1]} KV heads."
         )
-    chosen = dispatch.select(cache.device, layout, engine, kernels=("triton", "cuda"))
+    chosen = dispatch.select(cache.device, layout, engine, kernels=KERNELS)
     if chosen == "reference":
         result = reference.decode(query, cache, page_table, seq_lens, layout, sm_scale)
         given = (out, lse)
         return tuple(r if g is None else g.copy_(r) for r, g in zip(result, given, strict=True))  # type: ignore[return-value]
+    kernels = _kernels(chosen)
     if workspace is not None:
-        needed = workspace_bytes(len(query), query.shape[1], cache.shape[1], layout)
+        sizes = query.shape[0], query.shape[1], cache.shape[1], layout
+        needed = kernels.workspace_bytes(*sizes, cache.device)
         if workspace.numel() < needed:
             raise ValueError(f"workspace has {workspace.numel()} bytes. Pass {needed} or more.")
     out = torch.empty_like(query) if out is None else out
     lse = query.new_empty(query.shape[:2], dtype=torch.float32) if lse is None else lse
     arguments = (query, cache, page_table, seq_lens, layout, sm_scale, out, lse, workspace)
-    if chosen == "cuda":
-        from kvarn_core.ops.decode import cuda
-
-        cuda.decode(*arguments)
-    else:
-        from kvarn_core.ops.decode import triton
-
-        triton.decode(*arguments)
+    kernels.decode(*arguments)
     return out, lse
 
 
@@ -121,13 +122,14 @@ def workspace_bytes(batch: int, num_q_heads: int, num_kv_heads: int, layout: Rec
     layout : RecordLayout
         Byte layout of the preset.
     """
-    from kvarn_core.ops.decode import cuda, triton
-
-    nbytes = triton.workspace_bytes(batch, num_q_heads, num_kv_heads, layout)
-    if cuda.has_kernels(layout):
+    device = torch.device("cpu")
+    if torch.cuda.is_available():
         device = torch.device("cuda", torch.cuda.current_device())
-        sizes = (batch, num_q_heads, num_kv_heads, layout)
-        nbytes = max(nbytes, cuda.workspace_bytes(*sizes, device))
+    engines = ["triton"]
+    if _kernels("cuda").has_kernels(layout):
+        engines.append("cuda")
+    sizes = batch, num_q_heads, num_kv_heads, layout, device
+    nbytes: int = max(_kernels(engine).workspace_bytes(*sizes) for engine in engines)
     return nbytes
 
 
@@ -154,11 +156,11 @@ def warm_up_batches(
     engine : str, optional
         As for `decode`.
     """
-    if dispatch.select(device, layout, engine, kernels=("triton", "cuda")) != "cuda":
+    if dispatch.select(device, layout, engine, kernels=KERNELS) != "cuda":
         return [1]
-    from kvarn_core.ops.decode import cuda
-
-    return cuda.warm_up_batches(batch, num_q_heads, num_kv_heads, layout, device)
+    sizes = batch, num_q_heads, num_kv_heads, layout, device
+    batches: list[int] = _kernels("cuda").warm_up_batches(*sizes)
+    return batches
 
 
 def codes_in_cuda() -> str:
@@ -178,10 +180,8 @@ def codes_in_cuda() -> str:
     ----------
     docs/explanation/kernels.md, section "Decode on CUDA".
     """
-    from kvarn_core.ops.decode import cuda
-
     device = torch.device("cuda", torch.cuda.current_device())
-    exact = cuda.subnormals_are_exact(device)
+    exact = _kernels("cuda").subnormals_are_exact(device)
     return "subnormal halves" if exact else "halves with an exponent"
 
 
@@ -207,3 +207,9 @@ def attend(
         Natural log of the sum of exponentials.
     """
     return reference.attend(query, key, value, sm_scale)
+
+
+@memoize
+def _kernels(engine: str) -> ModuleType:
+    """Module of an engine with kernels, whose packages are needed by this call only."""
+    return import_module(f"{__name__}.{engine}")

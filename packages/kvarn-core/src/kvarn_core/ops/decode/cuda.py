@@ -240,7 +240,7 @@ def _processors(device: torch.device) -> int:
 def _check_rows(name: str, rows: torch.Tensor) -> None:
     """Refuse what the kernel's loads of 16 bytes would misread."""
     dense = rows.stride(2) == 1 and rows.stride(1) == rows.shape[2]
-    step = rows.stride(0) * rows.element_size() if len(rows) > 1 else 0
+    step = rows.stride(0) * rows.element_size() if rows.shape[0] > 1 else 0
     if not dense or step % 16 or rows.data_ptr() % 16:
         raise ValueError(
             f"{name} has strides {tuple(rows.stride())} at address {rows.data_ptr():#x}. Pass "

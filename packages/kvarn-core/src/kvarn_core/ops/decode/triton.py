@@ -369,10 +369,13 @@ def _join4(a, b, c, d):  # type: ignore[no-untyped-def]
 
 
 @cache
-def workspace_bytes(batch: int, num_q_heads: int, num_kv_heads: int, layout: RecordLayout) -> int:
+def workspace_bytes(
+    batch: int, num_q_heads: int, num_kv_heads: int, layout: RecordLayout, device: torch.device
+) -> int:
     """See `kvarn_core.ops.decode.workspace_bytes`."""
+    heads = num_q_heads, num_kv_heads
     sizes = range(1, batch + 1)
-    slots = max((n * _splits(layout, n, num_q_heads, num_kv_heads) for n in sizes), default=0)
+    slots = max((n * _splits(layout, n, *heads, device) for n in sizes), default=0)
     return slots * num_q_heads * (layout.head_dim + 2) * 4
 
 
@@ -393,7 +396,7 @@ def decode(
         return
     num_kv_heads = cache.shape[1]
     ratio = num_q_heads // num_kv_heads
-    splits = _splits(layout, batch, num_q_heads, num_kv_heads)
+    splits = _splits(layout, batch, num_q_heads, num_kv_heads, query.device)
     slots = batch * num_q_heads * splits
     if workspace is None:
         nbytes = slots * (dim + 2) * 4
@@ -421,19 +424,21 @@ def resident_programs(layout: RecordLayout) -> int:
     return 12
 
 
-def _splits(layout: RecordLayout, batch: int, num_q_heads: int, num_kv_heads: int) -> int:
+def _splits(
+    layout: RecordLayout, batch: int, num_q_heads: int, num_kv_heads: int, device: torch.device
+) -> int:
     """Splits of each request: as many programs as are resident at once, whatever the lengths."""
     head_blocks: int = num_kv_heads * -(-(num_q_heads // num_kv_heads) // HEADS.value)
-    wanted = resident_programs(layout) * _processors() // (batch * head_blocks)
+    wanted = resident_programs(layout) * _processors(device) // (batch * head_blocks)
     return min(max(wanted, 1), MAX_SPLITS)
 
 
 @cache
-def _processors() -> int:
-    """Streaming multiprocessors of the current GPU; 1 in Triton's interpreter."""
-    if not torch.cuda.is_available():
+def _processors(device: torch.device) -> int:
+    """Streaming multiprocessors of a GPU; 1 in Triton's interpreter."""
+    if device.type != "cuda":
         return 1
-    return torch.cuda.get_device_properties().multi_processor_count
+    return torch.cuda.get_device_properties(device).multi_processor_count
 
 
 @cache

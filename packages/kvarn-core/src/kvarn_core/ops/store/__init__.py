@@ -7,6 +7,8 @@ reads the old ring.
 
 from __future__ import annotations
 
+from functools import cache as memoize
+from functools import lru_cache
 from importlib import import_module
 from typing import TYPE_CHECKING
 
@@ -48,13 +50,13 @@ def write_sink(
     ValueError
         If a shape disagrees with `layout`; the message names the argument.
     """
-    _check(key, value, cache, page_table, layout)
     inputs = key, value, cache, page_table, seq_lens, cu_seqlens_q
     chosen = select(cache.device, layout, engine, kernels=KERNELS)
+    _check(key, value, cache, page_table, layout, chosen)
     if chosen == "reference":
         reference.write_sink(*inputs, layout=layout)
         return
-    most = _check_for_kernels(*inputs, max_query_len)
+    most = _longest(seq_lens, cu_seqlens_q) if max_query_len is None else max_query_len
     _kernels(chosen).write_sink(*inputs, layout=layout, max_query_len=most)
 
 
@@ -116,13 +118,13 @@ def seal(
     ----------
     docs/explanation/paging.md.
     """
-    _check(key, value, cache, page_table, layout)
     inputs = key, value, cache, page_table, seq_lens, cu_seqlens_q
     chosen = select(cache.device, layout, engine, kernels=KERNELS)
+    _check(key, value, cache, page_table, layout, chosen)
     if chosen == "reference":
         reference.seal(*inputs, layout=layout, recipe=recipe, layer=layer)
         return
-    most = _check_for_kernels(*inputs, max_query_len)
+    most = _longest(seq_lens, cu_seqlens_q) if max_query_len is None else max_query_len
     _kernels(chosen).seal(*inputs, layout=layout, recipe=recipe, layer=layer, max_query_len=most)
 
 
@@ -155,19 +157,25 @@ def append(
     ValueError
         If a shape disagrees with `layout`; the message names the argument.
     """
-    _check(key, value, cache, page_table, layout)
     inputs = key, value, cache, page_table, seq_lens, cu_seqlens_q
     chosen = select(cache.device, layout, engine, kernels=KERNELS)
+    _check(key, value, cache, page_table, layout, chosen)
     if chosen == "reference":
         reference.append(*inputs, layout=layout)
         return
-    most = _check_for_kernels(*inputs, max_query_len)
+    most = _longest(seq_lens, cu_seqlens_q) if max_query_len is None else max_query_len
     _kernels(chosen).append(*inputs, layout=layout, max_query_len=most)
 
 
+@memoize
 def _kernels(engine: str) -> ModuleType:
     """Module of an engine with kernels, whose packages are needed by this call only."""
     return import_module(f"{__name__}.{engine}")
+
+
+def _longest(seq_lens: torch.Tensor, cu_seqlens_q: torch.Tensor) -> int:
+    """The largest number of new tokens of a request, read back from the device."""
+    return int(cu_seqlens_q.diff().max()) if len(seq_lens) else 0
 
 
 def _check(
@@ -176,45 +184,47 @@ def _check(
     cache: torch.Tensor,
     page_table: torch.Tensor,
     layout: RecordLayout,
+    engine: str,
 ) -> None:
-    heads = cache.shape[1]
-    if cache.dim() != 3 or cache.shape[2] != layout.record_bytes:
+    """Refuse shapes that disagree, and strides that kernels do not expect."""
+    shapes = key.shape, value.shape, cache.shape, page_table.shape
+    strides = key.stride(), value.stride(), cache.stride()
+    _check_places(shapes, None if engine == "reference" else strides, layout)
+
+
+@lru_cache
+def _check_places(
+    shapes: tuple[torch.Size, ...],
+    strides: tuple[tuple[int, ...], ...] | None,
+    layout: RecordLayout,
+) -> None:
+    """Check shapes, and strides if given; remembered, because all layers of a step ask the same."""
+    key, value, cache, page_table = shapes
+    if len(cache) != 3 or cache[2] != layout.record_bytes:
         raise ValueError(
-            f"cache has shape {tuple(cache.shape)}. "
+            f"cache has shape {tuple(cache)}. "
             f"Pass uint8 [P, Hkv, {layout.record_bytes}] for {layout.preset.name}."
         )
     for name, rows in (("key", key), ("value", value)):
-        if rows.shape[1:] != (heads, layout.head_dim):
+        if rows[1:] != (cache[1], layout.head_dim):
             raise ValueError(
-                f"{name} has shape {tuple(rows.shape)}. Pass [T, {heads}, {layout.head_dim}]."
+                f"{name} has shape {tuple(rows)}. Pass [T, {cache[1]}, {layout.head_dim}]."
             )
-    if page_table.shape[1] < layout.header_columns:
+    if page_table[1] < layout.header_columns:
         raise ValueError(
-            f"page_table has {page_table.shape[1]} columns. "
+            f"page_table has {page_table[1]} columns. "
             f"{layout.preset.name} needs {layout.header_columns} for the header alone."
         )
-
-
-def _check_for_kernels(
-    key: torch.Tensor,
-    value: torch.Tensor,
-    cache: torch.Tensor,
-    page_table: torch.Tensor,
-    seq_lens: torch.Tensor,
-    cu_seqlens_q: torch.Tensor,
-    max_query_len: int | None,
-) -> int:
-    """Check the strides that kernels rely on; return `max_query_len`, computed if not given."""
-    if cache.stride()[1:] != (cache.shape[2], 1) or cache.stride(0) % 16:
+    if strides is None:
+        return
+    *strides_of_rows, pages = strides
+    if pages[1:] != (cache[2], 1) or pages[0] % 16:
         raise ValueError(
-            f"cache has strides {cache.stride()}. Pass contiguous pages at multiples of 16 bytes."
+            f"cache has strides {pages}. Pass contiguous pages at multiples of 16 bytes."
         )
-    for name, rows in (("key", key), ("value", value)):
-        if rows.stride()[1:] != (rows.shape[2], 1) or (len(rows) > 1 and rows.stride(0) % 8):
+    for name, rows, steps in zip(("key", "value"), (key, value), strides_of_rows, strict=True):
+        if steps[1:] != (rows[2], 1) or (rows[0] > 1 and steps[0] % 8):
             raise ValueError(
-                f"{name} has strides {rows.stride()}. "
+                f"{name} has strides {steps}. "
                 "Pass contiguous heads and a row stride that is a multiple of 8 elements."
             )
-    if max_query_len is not None or len(seq_lens) == 0:
-        return max_query_len or 0
-    return int(cu_seqlens_q.diff().max())

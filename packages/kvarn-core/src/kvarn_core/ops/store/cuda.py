@@ -77,11 +77,11 @@ def seal(
     max_query_len: int,
 ) -> None:
     """See `kvarn_core.ops.store.seal`."""
-    batch, heads = len(seq_lens), cache.shape[1]
+    batch, heads = seq_lens.shape[0], cache.shape[1]
     if batch == 0 or max_query_len == 0:
         return
     one_new = max_query_len == 1  # the deadline of at most one head in G
-    slots = batch if one_new else len(key) // layout.group + batch
+    slots = batch if one_new else key.shape[0] // layout.group + batch
     columns = -(-heads // layout.group) if one_new else heads
     places = _places(key, value, cache, page_table, seq_lens, cu_seqlens_q)
     kernel = _seal_kernel(layout, recipe, key.dtype, cache.device)
@@ -133,7 +133,7 @@ def _launch_rows(
     to_ring: bool,
 ) -> None:
     """Write at most `most` rows per request."""
-    batch, heads = len(seq_lens), cache.shape[1]
+    batch, heads = seq_lens.shape[0], cache.shape[1]
     if batch == 0 or most == 0:
         return
     ctas = -(-most * heads * 2 * layout.head_dim // 8 // ROWS_THREADS)
@@ -156,19 +156,23 @@ def _places(
             f"key and value have dtypes {key.dtype} and {value.dtype}. "
             "Pass both in fp16, in bf16 or in fp32."
         )
-    for name, tensor in (("key", key), ("value", value), ("cache", cache)):
-        if tensor.data_ptr() % 16:
-            raise ValueError(f"{name} begins at {tensor.data_ptr():#x}. Align it to 16 bytes.")
-    numbers = {"page_table": page_table, "seq_lens": seq_lens, "cu_seqlens_q": cu_seqlens_q}
-    for name, tensor in numbers.items():
+    addresses = key.data_ptr(), value.data_ptr(), cache.data_ptr()
+    for i, address in enumerate(addresses):
+        if address % 16:
+            name = ("key", "value", "cache")[i]
+            raise ValueError(f"{name} begins at {address:#x}. Align it to 16 bytes.")
+    numbers = page_table, seq_lens, cu_seqlens_q
+    for i, tensor in enumerate(numbers):
         if tensor.dtype != torch.int32 or tensor.stride(-1) != 1:
+            name = ("page_table", "seq_lens", "cu_seqlens_q")[i]
             raise ValueError(
                 f"{name} has dtype {tensor.dtype} and strides {tensor.stride()}. "
                 "Pass int32, contiguous along the last dimension."
             )
-    tensors = key, value, cache, page_table, seq_lens, cu_seqlens_q
-    strides = (tensor.stride(0) for tensor in (key, value, cache, page_table))
-    return (*(tensor.data_ptr() for tensor in tensors), *strides)
+    return (
+        *addresses, page_table.data_ptr(), seq_lens.data_ptr(), cu_seqlens_q.data_ptr(),
+        key.stride(0), value.stride(0), cache.stride(0), page_table.stride(0),
+    )  # fmt: skip
 
 
 @memoize
