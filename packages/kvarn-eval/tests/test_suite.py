@@ -67,7 +67,6 @@ def test_small_model_suite_serves_every_preset() -> None:
         ('reference = "bf16"', "no arm bf16"),
         ("gpus = -1", "greater than or equal"),
         ('profiles = ["large"]', "small model"),
-        ('reported = ["large"]', "no profile large"),
         ("[[", "not a suite"),
     ],
 )

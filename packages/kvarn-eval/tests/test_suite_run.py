@@ -63,7 +63,7 @@ def test_an_interrupted_suite_goes_on_and_is_not_green_before(tmp_path: Path) ->
         earlier(setup(tmp_path, weights_sha256="1" * 64), "plain", "fp16")
 
 
-def test_a_loss_on_a_reported_profile_does_not_fail(tmp_path: Path) -> None:
+def test_a_loss_on_any_profile_fails(tmp_path: Path) -> None:
     def answered(right: int) -> dict[str, Any]:
         scores = {str(item): [float(item < right)] for item in range(50)}
         task = {"task": "recall", "scores": scores, "prompt_tokens": [2000] * 50}
@@ -72,17 +72,17 @@ def test_a_loss_on_a_reported_profile_does_not_fail(tmp_path: Path) -> None:
         return {"tasks": [task], **empty}
 
     one = setup(tmp_path, parts=("accuracy",))
-    profiles = {"profiles": ("plain", "large"), "reported": ("large",), "limits": ()}
+    profiles = {"profiles": ("plain", "large"), "limits": ()}
     one = dataclasses.replace(one, suite=one.suite.model_copy(update=profiles))
     header = describe_run("smoke", "0" * 64, Model(name="s", weights_sha256=None, dtype="float16"))
     found = {("plain", "fp16"): answered(50), ("plain", "kvarn"): answered(50)}
-    found |= {("large", "fp16"): answered(50), ("large", "kvarn"): answered(40)}
+    found |= {("large", "fp16"): answered(50), ("large", "kvarn"): answered(50)}
+    assert assemble(header, one, found, [], 1.0).verdict is Verdict.PASS
+    found["large", "kvarn"] = answered(40)
     run = assemble(header, one, found, [], 1.0)
     verdicts = {gate.name: gate.verdict for gate in run.gates}
-    assert verdicts["large.accuracy.kvarn"] is Verdict.FAIL
-    assert run.verdict is Verdict.PASS
-    found["plain", "kvarn"] = answered(40)
-    assert assemble(header, one, found, [], 1.0).verdict is Verdict.FAIL
+    assert verdicts["plain.accuracy.kvarn"] is Verdict.PASS
+    assert verdicts["large.accuracy.kvarn"] is run.verdict is Verdict.FAIL
 
 
 def test_arms_side_by_side_observe_the_same(tmp_path: Path) -> None:

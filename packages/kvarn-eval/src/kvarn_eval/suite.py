@@ -180,8 +180,6 @@ class Suite(Strict):
     profiles: tuple[Literal["plain", "moderate", "large", "tiny"], ...] = ("plain",)
     margin: float = 0.01
     """Largest acceptable loss of pooled accuracy, as a share."""
-    reported: tuple[str, ...] = ()
-    """Profiles where the margin is reported only; `limits` say what must hold there."""
     concurrency: int = 8
     server: dict[str, Option] = Field(default_factory=dict)
     arms: dict[str, ServedArm] = Field(default_factory=dict)
@@ -205,8 +203,6 @@ class Suite(Strict):
             raise ValueError(f"Suite {self.name} has two arms called {min(both)}.")
         if self.arms and next(iter(self.arms)) != self.reference:
             raise ValueError(f"Suite {self.name}: the reference, {self.reference}, comes first.")
-        if unknown := set(self.reported) - set(self.profiles):
-            raise ValueError(f"Suite {self.name} has no profile {min(unknown)} to report.")
         if (self.profiles != ("plain",) or self.emulated) and not self.small_model:
             raise ValueError(
                 f"Suite {self.name}: outlier profiles and emulated arms are for the small model."

@@ -220,7 +220,7 @@ def _paired(setup: Setup, found: Found) -> list[Gate]:
                 (suite.reference, reference),
                 (arm, scores),
                 suite.margin,
-                required=arm == suite.tested and profile not in suite.reported,
+                required=arm == suite.tested,
             )
         )
     return rules
