@@ -63,6 +63,33 @@ def test_an_interrupted_suite_goes_on_and_is_not_green_before(tmp_path: Path) ->
         earlier(setup(tmp_path, weights_sha256="1" * 64), "plain", "fp16")
 
 
+def test_an_interrupted_arm_goes_on_at_the_next_scenario(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    one, names = setup(tmp_path), ["chat", "again", "last"]
+    chat = one.suite.scenarios[0]
+    several = tuple(chat.model_copy(update={"name": name}) for name in names)
+    one = dataclasses.replace(one, suite=one.suite.model_copy(update={"scenarios": several}))
+    sent: list[str] = []
+    whole = scenarios.run_scenario
+
+    def run(scenario: Any, *rest: Any) -> list[dict[str, Any]]:
+        sent.append(scenario.name)
+        if len(sent) == 2:
+            raise RuntimeError("The server died.")
+        return whole(scenario, *rest)
+
+    monkeypatch.setattr(scenarios, "run_scenario", run)
+    first = (one, "plain", "fp16", SMALL_MODEL, {}, None, quiet)
+    with pytest.raises(RuntimeError, match="died"):
+        observe(*first)
+    found = observe(*first, reuse=True)
+    assert sent == [*names[:2], *names[1:]]
+    assert list(dict.fromkeys(load["scenario"] for load in found["loads"])) == names
+    observe(*first)
+    assert sent[4:] == names, "nothing is taken unasked"
+
+
 def test_a_loss_on_any_profile_fails(tmp_path: Path) -> None:
     def answered(right: int) -> dict[str, Any]:
         scores = {str(item): [float(item < right)] for item in range(50)}

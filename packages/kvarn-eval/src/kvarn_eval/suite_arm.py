@@ -2,7 +2,7 @@
 
 An arm may need two servers: one as a user runs it, for tasks, capacity and throughput, and one
 whose prefill chunk is a tile, for scoring texts. Both end with the arm. The file is written when
-all of it is there, so a run that was interrupted goes on at the next arm.
+all of it is there, so a run that was interrupted goes on at the next arm, or at the next scenario.
 """
 
 from __future__ import annotations
@@ -142,6 +142,8 @@ def observe(
     checked: dict[str, Checked],
     reference: Reference | None,
     progress: Progress,
+    *,
+    reuse: bool = False,
 ) -> dict[str, Any]:
     """Everything one arm shows on one profile.
 
@@ -162,6 +164,8 @@ def observe(
         itself.
     progress : callable
         Receives what happens, steps done and steps in total.
+    reuse : bool
+        Take the scenarios that an interrupted run of this arm completed.
 
     Returns
     -------
@@ -172,6 +176,8 @@ def observe(
     ------
     RuntimeError
         If a server or a request fails.
+    ValueError
+        If scenarios to be taken were measured with another plan.
     """
     folder = setup.folder(profile, arm)
     folder.mkdir(parents=True, exist_ok=True)
@@ -186,7 +192,7 @@ def observe(
         with serve(config, folder / "server.log", lambda line: progress(label, 0, 1)) as server:
             if setup.at_once == 1:
                 found["startup_seconds"] = time.monotonic() - began
-            found |= _ask(setup, parts, arm, server, checked, reference, label, progress)
+            found |= _ask(setup, parts, arm, server, checked, reference, label, progress, reuse)
             if writes and reference is None and setup.suite.traces is not None:
                 progress(f"{label}, writing texts", 0, 1)
                 texts = traces.write_traces(server, setup.suite.traces, setup.suite.concurrency)
@@ -200,10 +206,14 @@ def observe(
 
 def keep(setup: Setup, profile: str, arm: str, found: dict[str, Any]) -> dict[str, Any]:
     """Write what was found, and what it depends on, for `earlier`."""
+    return _keep("arm.json", setup, profile, arm, found)
+
+
+def _keep(name: str, setup: Setup, profile: str, arm: str, found: dict[str, Any]) -> dict[str, Any]:
     found = {"plan": setup.plan(profile, arm), **found}
     folder = setup.folder(profile, arm)
     folder.mkdir(exist_ok=True)
-    (folder / "arm.json").write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+    (folder / name).write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
     return found
 
 
@@ -215,7 +225,11 @@ def earlier(setup: Setup, profile: str, arm: str) -> dict[str, Any] | None:
     ValueError
         If it was made from another suite, checkpoint or machine.
     """
-    file = setup.folder(profile, arm) / "arm.json"
+    return _kept("arm.json", setup, profile, arm)
+
+
+def _kept(name: str, setup: Setup, profile: str, arm: str) -> dict[str, Any] | None:
+    file = setup.folder(profile, arm) / name
     if not file.exists():
         return None
     found: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
@@ -236,6 +250,7 @@ def _ask(
     reference: Reference | None,
     label: str,
     progress: Progress,
+    reuse: bool,
 ) -> dict[str, Any]:
     """Tasks, capacity and throughput of a running server."""
     suite, folder = setup.suite, server.log.parent
@@ -252,7 +267,12 @@ def _ask(
     loads: list[dict[str, Any]] = []
     if THROUGHPUT in parts:
         source = PromptSource(setup.tokenizer)
+        begun = _kept("loads.json", setup, "plain", arm) if reuse else None
+        loads = begun["loads"] if begun else []
+        measured = {load["scenario"] for load in loads}
         for scenario in suite.scenarios:
+            if scenario.name in measured:
+                continue
             fitting = fits(setup, scenario, pool, reference)
             loads += scenarios.run_scenario(
                 scenario,
@@ -264,6 +284,7 @@ def _ask(
                 lambda name: progress(f"{label}, {name}", 0, 1),
                 setup.bench,
             )
+            _keep("loads.json", setup, "plain", arm, {"loads": loads})
     return {
         "tasks": [scores.to_json() for scores in answered],
         "pool": asdict(pool) if CAPACITY in parts or THROUGHPUT in parts else None,

@@ -78,7 +78,7 @@ def observe_all(
             ready = reference.result
             if reference.done():
                 ready()  # an arm without a reference is not worth a start
-        return observe(setup, profile, arm, weights[profile], checked, ready, progress)
+        return observe(setup, profile, arm, weights[profile], checked, ready, progress, reuse=reuse)
 
     try:
         for what in wanted:
