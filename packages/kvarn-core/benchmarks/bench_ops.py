@@ -4,9 +4,10 @@
 
 All arms run in this process and take turns; every call finds a cold L2 cache; launches come from
 CUDA graphs. Bytes are those that must move (records, exact rows, query, output), and the share of
-bandwidth is against a sum that reads 2 GB in the same run. Before anything is timed, decode is
-compared with the reference: wrong results have no speed. Neither has a GPU that slows itself down
-for heat or power meanwhile; such a case is timed again.
+bandwidth is against a sum that reads 2 GB in the same run. Beside it stands what a launch outside
+of graphs takes the host. Before anything is timed, decode is compared with the reference: wrong
+results have no speed. Neither has a GPU that slows itself down for heat or power meanwhile; such a
+case is timed again.
 
 Exit status: 0 all gates pass, 1 a gate or a case fails, 2 wrong usage.
 """
@@ -28,7 +29,7 @@ from document import Document
 
 from kvarn_core.dispatch import ENGINES, select
 from kvarn_core.testing.throttle import unthrottled
-from kvarn_core.testing.timing import compare_calls
+from kvarn_core.testing.timing import compare_calls, host_microseconds
 
 ARMS = {
     "memory": {"method": "sum and copy of 2 GiB"},
@@ -76,12 +77,15 @@ class Bench:
         for arm, samples in times.items():
             job = jobs[arm]
             rate = job.nbytes / sorted(samples)[len(samples) // 2] / 1000  # GB/s
+            host = host_microseconds(job.calls)
             facts = {**context, "bytes": job.nbytes, "gb_per_s": rate, "calls": len(job.calls)}
+            facts["host_us"] = host
             if read:
                 facts["share_of_read"] = rate / read
             median = self.document.add(name, arm, "us", samples, facts)
             share = f"{100 * rate / read:5.1f} % of read" if read else ""
-            print(f"{name:32} {arm:20} {median:9.1f} us {rate:8.0f} GB/s {share}", flush=True)
+            rates = f"{rate:8.0f} GB/s {share}"
+            print(f"{name:32} {arm:20} {median:9.1f} us, host {host:5.1f} {rates}", flush=True)
 
     def memory(self) -> None:
         """The yardstick; comes first."""

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import itertools
+
 import pytest
 import torch
 
@@ -8,6 +10,7 @@ from kvarn_core.testing.timing import (
     calls_per_graph,
     compare_calls,
     distinct_sets,
+    host_microseconds,
     in_turns,
 )
 
@@ -45,6 +48,20 @@ def test_candidates_take_turns_and_short_ones_are_repeated() -> None:
     assert samples == {"short": [0.5, 0.5], "long": [9.0, 9.0]}
     warm_up, round_ = [("short", 1), ("long", 1)], [("short", 8), ("long", 1)]
     assert log == warm_up + 2 * round_
+
+
+def test_the_host_is_timed_per_call_and_without_the_first_round(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    clock = [0.0]
+    costs = itertools.chain([9.0] * 3, itertools.repeat(4e-6))
+
+    def call() -> None:
+        clock[0] += next(costs)
+
+    monkeypatch.setattr("torch.cuda.synchronize", lambda: None)
+    monkeypatch.setattr("time.perf_counter", lambda: clock[0])
+    assert host_microseconds([call] * 3) == pytest.approx(4)
 
 
 @pytest.mark.gpu

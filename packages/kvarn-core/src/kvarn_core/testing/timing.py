@@ -9,6 +9,7 @@ clocks meets all of them.
 from __future__ import annotations
 
 import math
+import time
 from typing import TYPE_CHECKING
 
 import torch
@@ -137,3 +138,29 @@ def compare_calls(
         name: [1000 * sample / len(candidates[name]) for sample in samples[name]]
         for name in candidates
     }
+
+
+def host_microseconds(calls: Sequence[Callable[[], object]], *, rounds: int = 5) -> float:
+    """Time that the host needs to launch a call outside of graphs, microseconds.
+
+    Parameters
+    ----------
+    calls : sequence of callables without arguments
+        Launched one after the other; few enough to fit the queue of a stream, which is 1,000 long.
+    rounds : int
+        Samples, after one that loads what the calls need.
+
+    Returns
+    -------
+    float
+        Median over the samples of the mean over the calls.
+    """
+    samples = []
+    for _ in range(rounds + 1):
+        torch.cuda.synchronize()
+        begin = time.perf_counter()
+        for call in calls:
+            call()
+        samples.append(1e6 * (time.perf_counter() - begin) / len(calls))
+    torch.cuda.synchronize()
+    return sorted(samples[1:])[rounds // 2]
