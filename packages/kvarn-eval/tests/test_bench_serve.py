@@ -2,13 +2,18 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from kvarn_eval.bench_serve import Load, decode_speed, reduce_load, run_load
+from kvarn_eval.bench_serve import Load, decode_speed, load_generator, reduce_load, run_load
 from kvarn_eval.prompts import write_requests
 from kvarn_eval.server import ServerConfig, serve
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from kvarn_eval.server import Server
 
 HERE = Path(__file__).parent
 FAKE_SERVER = (sys.executable, str(HERE / "fake_server.py"))
@@ -64,13 +69,44 @@ def test_messages_of_several_tokens_count_in_full() -> None:
     assert decode_speed(figures(output_lens=[6, 6])) == pytest.approx(8.0)
 
 
-def test_the_child_is_run_and_its_result_kept(tmp_path: Path) -> None:
-    config = ServerConfig("model", command=FAKE_SERVER)
-    with serve(config, tmp_path / "server.log") as server:
-        found = run_load(server, load(tmp_path, 4, 4), "tokenizer", tmp_path, FAKE_BENCH)
-        with pytest.raises(RuntimeError, match="2 requests failed"):
-            run_load(server, load(tmp_path, 4, 4), "tok", tmp_path, (*FAKE_BENCH, "--fail"))
-        with pytest.raises(RuntimeError, match="Load a ended with status 1"):
-            run_load(server, load(tmp_path, 4), "tok", tmp_path, (sys.executable, "-c", "1 / 0"))
-    assert found.output_throughput == 8.0
-    assert found.requests == 2
+@pytest.fixture
+def server(tmp_path: Path) -> Iterator[Server]:
+    with serve(ServerConfig("model", command=FAKE_SERVER), tmp_path / "server.log") as server:
+        yield server
+
+
+def test_one_child_sends_every_load_and_its_results_are_kept(
+    server: Server, tmp_path: Path
+) -> None:
+    with load_generator(tmp_path / "bench.log", FAKE_BENCH) as generator:
+        found = [
+            run_load(server, load(tmp_path, *lengths), "tokenizer", tmp_path, generator)
+            for lengths in ((4, 4), (3,))
+        ]
+    assert [one.output_throughput for one in found] == [8.0, 3.0]
+    assert [one.requests for one in found] == [2, 1]
+    assert (tmp_path / "a.json").exists()
+    assert (tmp_path / "a.log").read_text() == "nothing was sent\n"
+    assert not list(tmp_path.glob("*.over"))
+
+
+@pytest.mark.parametrize(
+    ("program", "message"),
+    [
+        ((*FAKE_BENCH, "--fail"), "2 requests failed"),
+        ((*FAKE_BENCH, "--refuse"), r"Load a failed with ValueError: no\. Its log, .*a\.log, "),
+        (
+            (sys.executable, "-c", "1 / 0"),
+            r"(?s)Load a ended with status 1\. .*bench\.log.*by zero",
+        ),
+        ((sys.executable, "-c", "import time; time.sleep(99)"), "Load a took too long"),
+    ],
+)
+def test_a_child_or_a_load_that_fails_is_an_error(
+    program: tuple[str, ...], message: str, server: Server, tmp_path: Path
+) -> None:
+    with (
+        load_generator(tmp_path / "bench.log", program) as generator,
+        pytest.raises(RuntimeError, match=message),
+    ):
+        run_load(server, load(tmp_path, 4, 4), "tokenizer", tmp_path, generator, seconds=5)

@@ -1,4 +1,4 @@
-"""One load on a running server, by ``vllm bench serve`` in a child process.
+"""Loads on a running server, by ``vllm bench serve`` in a child process that sends them all.
 
 The child's JSON stays as it is, beside the result. From it come tokens per second and latencies;
 from the server's own counters, read before and after, prefix hits and preemptions; from a watch on
@@ -10,9 +10,11 @@ from __future__ import annotations
 import json
 import math
 import os
+import subprocess
 import sys
 import threading
-from contextlib import contextmanager
+import time
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -20,7 +22,7 @@ import httpx
 import numpy as np
 
 from kvarn_eval.schema import find_gpus
-from kvarn_eval.server import OFFLINE, run_child, total
+from kvarn_eval.server import OFFLINE, child, tail, total
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -36,6 +38,7 @@ COUNTERS = {
 }
 GAUGES = {"running": "vllm:num_requests_running", "cache_use": "vllm:kv_cache_usage_perc"}
 PERCENTILES = (50, 90, 99)
+_POLL_SECONDS = 0.1  # between looks whether a load is over
 _IDLE_SECONDS = 0.25  # between looks at a server that has nothing to do yet
 _BUSY_SECONDS = 3.0  # a server that answers a look delays a step: of fewer than one in a hundred
 
@@ -100,7 +103,7 @@ class Loaded:
 
 
 def arguments(server: Server, load: Load, tokenizer: str, raw: Path) -> list[str]:
-    """Command line of the child, apart from the program."""
+    """Options of a load."""
     values = {
         "--backend": "openai",
         "--base-url": server.url,
@@ -127,12 +130,88 @@ def arguments(server: Server, load: Load, tokenizer: str, raw: Path) -> list[str
     return [*(str(part) for pair in values.items() for part in pair), *flags]
 
 
+class LoadGenerator:
+    """The child process that sends loads, one after the other.
+
+    Parameters
+    ----------
+    process : subprocess.Popen
+        The child, whose standard input is a pipe.
+    log : Path
+        What it prints before its first load.
+    """
+
+    def __init__(self, process: subprocess.Popen[bytes], log: Path) -> None:
+        self._process = process
+        self._log = log
+
+    def send(self, what: str, options: list[str], log: Path, seconds: float) -> None:
+        """Send one load and wait for its end.
+
+        Parameters
+        ----------
+        what : str
+            Its name in messages.
+        options : list of str
+            As of ``vllm bench serve``.
+        log : Path
+            File that receives what is printed meanwhile; replaced.
+        seconds : float
+            Longest wait.
+
+        Raises
+        ------
+        RuntimeError
+            If it fails or takes too long; the message holds the end of the log.
+        """
+        over = log.with_suffix(".over")
+        for earlier in (over, log):
+            earlier.unlink(missing_ok=True)
+        line = json.dumps({"options": options, "log": str(log), "over": str(over)})
+        pipe = self._process.stdin
+        assert pipe is not None
+        with suppress(BrokenPipeError):  # the child has ended, which is seen below
+            pipe.write(line.encode() + b"\n")
+        if problem := self._await(over, seconds):
+            log = log if log.exists() else self._log
+            raise RuntimeError(f"{what} {problem}. Its log, {log}, ends with:\n{tail(log)}")
+
+    def _await(self, over: Path, seconds: float) -> str:
+        """What went wrong with a load; nothing, if its file is there and empty."""
+        deadline = time.monotonic() + seconds
+        while not over.exists():
+            if (status := self._process.poll()) is not None:
+                return f"ended with status {status}"
+            if time.monotonic() > deadline:
+                return "took too long"
+            time.sleep(_POLL_SECONDS)
+        problem = over.read_text(encoding="utf-8")
+        over.unlink()
+        return problem and f"failed with {problem}"
+
+
+@contextmanager
+def load_generator(log: Path, command: tuple[str, ...] = BENCH) -> Iterator[LoadGenerator]:
+    """Start the child process for the length of a ``with`` block.
+
+    Parameters
+    ----------
+    log : Path
+        File for what it prints before its first load; replaced.
+    command : tuple of str
+        Its program.
+    """
+    environment = {**os.environ, **OFFLINE}
+    with child(command, log, environment, stdin=subprocess.PIPE) as process:
+        yield LoadGenerator(process, log)
+
+
 def run_load(
     server: Server,
     load: Load,
     tokenizer: str,
     out: Path,
-    command: tuple[str, ...] = BENCH,
+    generator: LoadGenerator,
     seconds: float = 3600.0,
 ) -> Loaded:
     """Send one load and reduce what came back.
@@ -147,10 +226,10 @@ def run_load(
         Folder of the tokenizer, by which the child counts tokens.
     out : Path
         Existing folder for the child's JSON and log.
-    command : tuple of str
-        The child's program.
+    generator : LoadGenerator
+        Sends it.
     seconds : float
-        A child that takes longer is ended.
+        A load that takes longer fails.
 
     Returns
     -------
@@ -165,8 +244,8 @@ def run_load(
     raw.unlink(missing_ok=True)
     before = _counters(server)
     with _watch(server) as peaks:
-        program = [*command, *arguments(server, load, tokenizer, raw)]
-        run_child(f"Load {load.name}", program, log, {**os.environ, **OFFLINE}, seconds)
+        options = arguments(server, load, tokenizer, raw)
+        generator.send(f"Load {load.name}", options, log, seconds)
     spent = {name: value - before[name] for name, value in _counters(server).items()}
     return reduce_load(load, json.loads(raw.read_text(encoding="utf-8")), spent, peaks)
 

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from kvarn_core.testing.throttle import slowdown_us, slowed
-from kvarn_eval.bench_serve import BENCH, Load, run_load
+from kvarn_eval.bench_serve import Load, run_load
 from kvarn_eval.prompts import write_requests
 from kvarn_eval.schema import Measurement, Unit, measure
 
@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
     from pathlib import Path
 
+    from kvarn_eval.bench_serve import LoadGenerator
     from kvarn_eval.prompts import PromptSource
     from kvarn_eval.schema import Scalar
     from kvarn_eval.server import Server
@@ -99,7 +100,7 @@ def run_scenario(
     out: Path,
     fitting: int,
     progress: Callable[[str], None],
-    command: tuple[str, ...] = BENCH,
+    generator: LoadGenerator,
 ) -> list[dict[str, Any]]:
     """Send all loads of a scenario to a running server.
 
@@ -119,8 +120,8 @@ def run_scenario(
         As in `loads`.
     progress : callable
         Receives the name of each load.
-    command : tuple of str
-        As in `bench_serve.run_load`.
+    generator : LoadGenerator
+        Sends the loads.
 
     Returns
     -------
@@ -137,7 +138,7 @@ def run_scenario(
         else:
             send(server, source.draw(2, scenario.prompt_tokens[0], _WARM_SEED), 4)
         before = slowdown_us()
-        loaded = run_load(server, load, tokenizer, out, command)
+        loaded = run_load(server, load, tokenizer, out, generator)
         found.append(
             {
                 **loaded.to_json(),

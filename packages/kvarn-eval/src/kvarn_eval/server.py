@@ -169,7 +169,10 @@ def serve(
 
 @contextmanager
 def child(
-    command: Sequence[str], log: Path, environment: dict[str, str]
+    command: Sequence[str],
+    log: Path,
+    environment: dict[str, str],
+    stdin: int = subprocess.DEVNULL,
 ) -> Iterator[subprocess.Popen[bytes]]:
     """Run a program for the length of a ``with`` block; nothing of its process group stays.
 
@@ -181,6 +184,8 @@ def child(
         File that receives what it prints; replaced.
     environment : dict
         Its environment variables.
+    stdin : int
+        ``subprocess.PIPE`` to write to it; nothing comes in by default.
 
     Yields
     ------
@@ -199,7 +204,8 @@ def child(
             process = subprocess.Popen(  # noqa: S603
                 command,
                 env=environment,
-                stdin=subprocess.DEVNULL,
+                stdin=stdin,
+                bufsize=0,  # nothing is left to write once the program has ended
                 stdout=output,
                 stderr=subprocess.STDOUT,
                 start_new_session=True,  # a process group of its own, to be ended as a whole

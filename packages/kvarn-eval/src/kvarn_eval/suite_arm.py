@@ -17,7 +17,7 @@ import torch
 
 from kvarn_core import PRESETS
 from kvarn_eval import scenarios, traces
-from kvarn_eval.bench_serve import BENCH
+from kvarn_eval.bench_serve import BENCH, load_generator
 from kvarn_eval.capacity import Pool
 from kvarn_eval.demo import CPU_ENVIRONMENT
 from kvarn_eval.lm_tasks import CHILD, Checked, Scores, run_tasks
@@ -270,21 +270,22 @@ def _ask(
         begun = _kept("loads.json", setup, "plain", arm) if reuse else None
         loads = begun["loads"] if begun else []
         measured = {load["scenario"] for load in loads}
-        for scenario in suite.scenarios:
-            if scenario.name in measured:
-                continue
-            fitting = fits(setup, scenario, pool, reference)
-            loads += scenarios.run_scenario(
-                scenario,
-                server,
-                source,
-                str(setup.tokenizer),
-                folder,
-                fitting,
-                lambda name: progress(f"{label}, {name}", 0, 1),
-                setup.bench,
-            )
-            _keep("loads.json", setup, "plain", arm, {"loads": loads})
+        with load_generator(folder / "bench.log", setup.bench) as generator:
+            for scenario in suite.scenarios:
+                if scenario.name in measured:
+                    continue
+                fitting = fits(setup, scenario, pool, reference)
+                loads += scenarios.run_scenario(
+                    scenario,
+                    server,
+                    source,
+                    str(setup.tokenizer),
+                    folder,
+                    fitting,
+                    lambda name: progress(f"{label}, {name}", 0, 1),
+                    generator,
+                )
+                _keep("loads.json", setup, "plain", arm, {"loads": loads})
     return {
         "tasks": [scores.to_json() for scores in answered],
         "pool": asdict(pool) if CAPACITY in parts or THROUGHPUT in parts else None,
