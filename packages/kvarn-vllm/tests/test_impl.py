@@ -283,6 +283,37 @@ def test_one_call_of_attention_for_all_rows_and_one_per_pass(scratch: list[int])
     assert calls == [1, 4, 4], "first chunks; two contexts of 200 in two passes; decodes"
 
 
+def test_layers_of_a_step_share_what_the_first_prepared(
+    scratch: list[int], monkeypatch: Any
+) -> None:
+    from kvarn_core.ops import store
+
+    prepared: list[str] = []
+    whole = store.prepare
+
+    def prepare(op: str, *tensors: Any, **options: Any) -> Any:
+        prepared.append(op)
+        return whole(op, *tensors, **options)
+
+    monkeypatch.setattr(store, "prepare", prepare)
+    served = Sequences(batched("kvarn_k4v2_g64"), [200, 200])
+    forward = served.attention.forward
+
+    def three_layers(*tensors: Any, **options: Any) -> Any:
+        """A model whose layers all write the same."""
+        return [forward(*tensors, **options) for _ in range(3)][-1]
+
+    monkeypatch.setattr(served.attention, "forward", three_layers)
+    for chunks, ops in (
+        ([100, 60], ["append", "append", "seal", "write_sink"]),
+        ([1, 40], ["append", "append", "seal", "write_sink"]),
+        ([1, 1], ["append", "seal"]),
+    ):
+        served.step(chunks)
+        assert sorted(prepared) == ops
+        prepared.clear()
+
+
 def test_nothing_that_is_read_was_left_unwritten(scratch: list[int]) -> None:
     served = Sequences(batched("kvarn_k4v2_g64"), [400, 400])
     for chunks in ([150, 60], [100, 1], [150, 200]):

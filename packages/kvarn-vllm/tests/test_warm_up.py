@@ -99,7 +99,6 @@ def in_cuda(launches: set[str], monkeypatch: Any) -> set[str]:
     from kvarn_core.ops.store import cuda as store
 
     monkeypatch.setattr("kvarn_core.dispatch._cuda_obstacle", lambda device: None)
-    monkeypatch.setattr(decode, "has_kernels", lambda layout: True)
     monkeypatch.setattr(decode, "_processors", lambda device: 8)  # so that few requests are many
     forms: set[str] = set()
 
@@ -145,7 +144,6 @@ def warm_and_serve(preset: str, engine: str, launches: set[str], monkeypatch: An
 
     monkeypatch.setattr(workspace, "_take", take)
     monkeypatch.setattr(workspace, "CONTEXT_TOKENS", 256)
-    workspace._decode_scratch.cache_clear()  # sizes follow from the imagined GPU
     layout = record_layout(preset, HEAD_DIM)
     scratch = Workspace(layout, Q_HEADS, KV_HEADS, max_requests=32)
     path = Batched(layout, Recipe.KVARN, 0.125, engine, NoAttention(), scratch)

@@ -63,10 +63,11 @@ class Emulated:
         lens = torch.tensor(tokens, dtype=torch.int32)
         out = torch.full_like(query, float("nan"))
         lse = torch.full(query.shape[:2], float("nan"))
-        cuda.decode(
+        run = cuda.prepare(
             query, paging.cache, paging.page_table, lens, paging.layout,
             paging.layout.head_dim**-0.5, out, lse, workspace,
         )  # fmt: skip
+        run(query, paging.cache, out)
         return out, lse
 
 

@@ -16,7 +16,7 @@ import torch
 
 from kvarn_core import nvrtc
 from kvarn_core.layout import HIT_COLUMN, SINK_COLUMN, RecordLayout
-from kvarn_core.ops.decode import codes_in_cuda, cuda, decode, workspace_bytes
+from kvarn_core.ops.decode import codes_in_cuda, cuda, decode, prepare, workspace_bytes
 from kvarn_core.spec import PRESETS
 from kvarn_core.testing.compare import assert_same_bits, relative_error
 from kvarn_core.testing.inputs import draw
@@ -276,6 +276,24 @@ def test_a_thousand_replays_of_a_graph_have_the_bits_of_eager_mode(
     for _ in range(1000):
         poison(out)
         graph.replay()
+        assert torch.equal(out, want)
+        assert torch.equal(lse, want_lse)
+
+
+def test_what_one_layer_prepared_serves_another() -> None:
+    tokens = (1500, 0, 300)
+    paging = _stored(MAIN, tokens, 2)
+    lens = torch.tensor(tokens, dtype=torch.int32).cuda()
+    table, lse = paging.page_table.cuda(), torch.empty(3, 8, device="cuda")
+    options = {"layout": MAIN, "sm_scale": 0.1, "engine": "cuda"}
+    run = None
+    for layer in range(2):
+        query = draw("gaussian", (3, 8, 128), seed=layer).half().cuda()
+        cache = paging.cache.roll(layer, dims=1).cuda()  # heads change places
+        out = torch.full_like(query, float("nan"))
+        run = run or prepare(query, cache, table, lens, **options, out=out, lse=lse)
+        run(query, cache, out)
+        want, want_lse = decode(query, cache, table, lens, **options)
         assert torch.equal(out, want)
         assert torch.equal(lse, want_lse)
 

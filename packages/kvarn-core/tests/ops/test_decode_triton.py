@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from kvarn_core.layout import HIT_COLUMN, SINK_COLUMN, RecordLayout
-from kvarn_core.ops.decode import decode, workspace_bytes
+from kvarn_core.ops.decode import decode, prepare, workspace_bytes
 from kvarn_core.spec import PRESETS
 from kvarn_core.testing.compare import assert_close, assert_same_bits
 from kvarn_core.testing.inputs import draw
@@ -153,6 +153,25 @@ def test_given_buffers_are_used_and_strides_respected(kernel_device: torch.devic
     assert_close(got[0], want[0], tolerance=ROUNDING)
     assert_close(lse, want[1], tolerance=ROUNDING)
     assert out[:, 4:].isnan().all()
+
+
+def test_what_one_layer_prepared_serves_another(kernel_device: torch.device) -> None:
+    tokens = (150, 0, 70)
+    layers = [_stored(SMALL, tokens, heads=2, seed=3), _stored(SMALL, tokens, heads=2, seed=3)]
+    layers[1].cache = layers[1].cache.roll(1, dims=1)  # heads change places
+    query = _query(layers[0], 2, torch.float16)
+    lens = torch.tensor(tokens, dtype=torch.int32, device=kernel_device)
+    table, lse = layers[0].page_table.to(kernel_device), torch.empty(3, 4, device=kernel_device)
+    options = {"layout": SMALL, "sm_scale": 0.125, "engine": "triton"}
+    run = None
+    for paging, scale in zip(layers, (1, 2), strict=True):
+        tensors = (query * scale).to(kernel_device), paging.cache.to(kernel_device)
+        out = torch.full_like(tensors[0], float("nan"))
+        run = run or prepare(*tensors, table, lens, **options, out=out, lse=lse)
+        run(*tensors, out)
+        want, want_lse = decode(*tensors, table, lens, **options)
+        assert_same_bits(out, want)
+        assert_same_bits(lse, want_lse)
 
 
 def test_a_workspace_that_is_too_small_is_refused(kernel_device: torch.device) -> None:

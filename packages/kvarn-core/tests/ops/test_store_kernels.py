@@ -24,7 +24,7 @@ from kvarn_core.layout import (
     RecordLayout,
     seal_phase,
 )
-from kvarn_core.ops.store import append, cuda, seal, write_sink
+from kvarn_core.ops.store import append, cuda, prepare, seal, write_sink
 from kvarn_core.spec import PRESETS, Recipe
 from kvarn_core.testing.compare import assert_same_bits
 from kvarn_core.testing.inputs import draw
@@ -256,6 +256,35 @@ def test_rows_without_tokens_do_nothing(new: int, length: int, most: int, target
             layout=SMALL, max_query_len=most, engine=target[0],
         )  # fmt: skip
     assert_same_bits(cache.cpu(), paging.cache)
+
+
+@pytest.mark.parametrize(("new", "most"), [(2 * G + 30, 2 * G + 30), (1, 1)])
+def test_what_one_layer_prepared_serves_another(new: int, most: int, target: Target) -> None:
+    engine, device = target
+    length = 3 * G + 20
+    paging = allocate(SMALL, [length], seed=15, fill=FILL)
+    table = paging.page_table.to(device)
+    lens, starts = (torch.tensor(x).int().to(device) for x in ([length], [0, new]))
+    first, second = (
+        tuple(x.to(device) for x in (*_rows(new, seed=seed), paging.cache.clone()))
+        for seed in (1, 2)
+    )
+    where = table, lens, starts
+    options: dict[str, Any] = {"layout": SMALL, "max_query_len": most, "engine": engine}
+    prepared = {
+        op: prepare(op, *first, *where, **options) for op in ("write_sink", "seal", "append")
+    }
+    for layer, tensors in ((0, first), (5, second)):
+        *rows, cache = tensors
+        expected = cache.clone()
+        prepared["write_sink"](*tensors)
+        prepared["seal"](*tensors, layer)
+        prepared["append"](*tensors)
+        write_sink(*rows, expected, *where, **options)
+        seal(*rows, expected, *where, layer=layer, **options)
+        append(*rows, expected, *where, **options)
+        assert_same_bits(cache.cpu(), expected.cpu())
+        assert not torch.equal(cache.cpu(), paging.cache)
 
 
 def test_the_null_page_is_never_a_sink(target: Target) -> None:

@@ -4,16 +4,16 @@ A pure decode step writes, seals and reads in kernels whose launches depend on t
 only, so a CUDA graph can hold it. Sealing then runs beside attention on a second stream: a tile is
 complete at least G tokens before its record is first read and is sealed within that time, so no
 row of the step reads what the step seals. With prefills in the step that no longer holds, and
-everything runs in one order on one stream.
+everything runs in one order on one stream, outside of graphs: what the host does per layer is then
+as long as what the GPU does, so all that can be is done once per step.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from kvarn_core.ops.decode import decode
-from kvarn_core.ops.store import append, seal, write_sink
+from kvarn_core.ops import decode, store
 from kvarn_vllm.prefill import prefill
 from kvarn_vllm.streams import beside
 from kvarn_vllm.warm_up import warm_up
@@ -22,9 +22,31 @@ if TYPE_CHECKING:
     import torch
 
     from kvarn_core import Recipe, RecordLayout
+    from kvarn_core.ops.decode import Decode
+    from kvarn_core.ops.store import Write
     from kvarn_vllm.flash import FlashAttention
-    from kvarn_vllm.metadata import KVarNMetadata
+    from kvarn_vllm.metadata import KVarNMetadata, Rows
     from kvarn_vllm.workspace import Workspace
+
+
+@dataclass(frozen=True)
+class Launches:
+    """Ops of a step, prepared for all layers of a kind.
+
+    Parameters
+    ----------
+    seal : callable
+        For all rows.
+    append, decode : callable
+        For the rows with one new token.
+    prefills : tuple of callable, optional
+        `write_sink` and `append` for the others, if there are any.
+    """
+
+    seal: Write
+    append: Write
+    decode: Decode
+    prefills: tuple[Write, Write] | None
 
 
 @dataclass(frozen=True)
@@ -71,46 +93,76 @@ class Batched:
         layer: int,
     ) -> None:
         """Store the new rows of a step and attend; see `KVarNImpl.forward` for the tensors."""
-        common: dict[str, Any] = {
-            "layout": self.layout,
-            "max_query_len": step.max_query_len,
-            "engine": self.engine,
-        }
-
-        def seal_all() -> None:
-            seal(key, value, cache, *step.everything, recipe=self.recipe, layer=layer, **common)
-
-        if step.prefill is None:
-            with beside(seal_all, query.device):
-                append(key, value, cache, *step.everything, **common)
-                self._decode(query, cache, *step.everything[:2], output)
+        launches = self._launches(query, key, value, cache, step, output)
+        decodes = slice(0, step.num_decodes if step.prefill else len(step.seq_lens))
+        if step.prefill is None or launches.prefills is None:
+            with beside(lambda: launches.seal(key, value, cache, layer), query.device):
+                launches.append(key, value, cache)
+                launches.decode(query[decodes], cache, output[decodes])
             return
 
-        write_sink(key, value, cache, *step.prefills, **common)
-        seal_all()
+        write_sink, append = launches.prefills
+        write_sink(key, value, cache)
+        launches.seal(key, value, cache, layer)
         if step.num_decodes:
-            append(key, value, cache, *step.decodes, **{**common, "max_query_len": 1})
-            self._decode(query, cache, *step.decodes[:2], output)
+            launches.append(key, value, cache)
+            launches.decode(query[decodes], cache, output[decodes])
         new = slice(step.prefill.first_token, step.num_tokens)
+        table = step.page_table[step.num_decodes :]
         prefill(
-            query[new], key[new], value[new], cache, step.prefills[0], step.prefill, output[new],
+            query[new], key[new], value[new], cache, table, step.prefill, output[new],
             layout=self.layout, attention=self.attention, workspace=self.workspace,
             engine=self.engine,
         )  # fmt: skip
-        append(key, value, cache, *step.prefills, **common)  # last: prefill read the old ring
+        append(key, value, cache)  # last: prefill read the old ring
 
-    def _decode(
+    def _launches(
         self,
         query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
         cache: torch.Tensor,
-        page_table: torch.Tensor,
-        seq_lens: torch.Tensor,
+        step: KVarNMetadata,
         output: torch.Tensor,
-    ) -> None:
-        """Attend the rows at the front, one query each."""
-        rows = slice(0, len(seq_lens))
-        workspace, lse = self.workspace.decode(len(seq_lens))
-        decode(
-            query[rows], cache, page_table, seq_lens, layout=self.layout, sm_scale=self.scale,
-            out=output[rows], lse=lse, workspace=workspace, engine=self.engine,
+    ) -> Launches:
+        """What was prepared at the first layer whose tensors look like these."""
+        kind = (
+            query.shape, query.stride(), key.stride(), value.stride(), cache.shape, cache.stride(),
+            output.stride(), query.dtype, self.scale,
+        )  # fmt: skip
+        if kind not in step.launches:
+            step.launches[kind] = self._prepare(query, key, value, cache, step, output)
+        return step.launches[kind]
+
+    def _prepare(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        cache: torch.Tensor,
+        step: KVarNMetadata,
+        output: torch.Tensor,
+    ) -> Launches:
+        def write(op: str, requests: Rows, most: int) -> Write:
+            return store.prepare(
+                op, key, value, cache, *requests,
+                layout=self.layout, recipe=self.recipe, max_query_len=most, engine=self.engine,
+            )  # fmt: skip
+
+        longest = step.max_query_len
+        decodes = step.decodes if step.prefill else step.everything
+        count = len(decodes[1])
+        scratch, lse = self.workspace.decode(max(count, 1))
+        sink_and_ring = None
+        if step.prefill:
+            prefills = step.prefills, longest
+            sink_and_ring = write("write_sink", *prefills), write("append", *prefills)
+        return Launches(
+            seal=write("seal", step.everything, longest),
+            append=write("append", decodes, 1 if step.prefill else longest),
+            decode=decode.prepare(
+                query[:count], cache, *decodes[:2], layout=self.layout, sm_scale=self.scale,
+                out=output[:count], lse=lse, workspace=scratch, engine=self.engine,
+            ),
+            prefills=sink_and_ring,
         )  # fmt: skip

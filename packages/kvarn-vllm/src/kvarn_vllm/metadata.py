@@ -9,8 +9,7 @@ vLLM has on the host, and sent to the device in one copy that nobody waits for.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from functools import cached_property
+from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
@@ -28,7 +27,9 @@ from kvarn_vllm.passes import plan, prefix_sum
 from kvarn_vllm.workspace import CONTEXT_TOKENS
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Hashable, Sequence
+
+    from kvarn_vllm.batched import Launches
 
     Rows = tuple[torch.Tensor, torch.Tensor, torch.Tensor]  # page table, lengths, prefix sum
 
@@ -103,6 +104,8 @@ class KVarNMetadata(AttentionMetadata):  # type: ignore[misc]
         New tokens of the longest row.
     prefill : Prefill, optional
         The other requests, where a step is served as a whole; None if there are none.
+    launches : dict
+        What `batched` prepares for the layers of a kind, at the first of them.
     """
 
     page_table: torch.Tensor
@@ -112,18 +115,19 @@ class KVarNMetadata(AttentionMetadata):  # type: ignore[misc]
     num_decodes: int
     max_query_len: int
     prefill: Prefill | None = None
+    launches: dict[Hashable, Launches] = field(default_factory=dict, repr=False, compare=False)
 
-    @cached_property
+    @property
     def everything(self) -> Rows:
         """All requests."""
         return self.rows(0, len(self.seq_lens))
 
-    @cached_property
+    @property
     def decodes(self) -> Rows:
         """The requests with one new token."""
         return self.rows(0, self.num_decodes)
 
-    @cached_property
+    @property
     def prefills(self) -> Rows:
         """The others."""
         return self.rows(self.num_decodes, len(self.seq_lens))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from functools import cache as memoize
+from functools import partial
 from importlib import import_module
 from typing import TYPE_CHECKING
 
@@ -12,9 +12,11 @@ from kvarn_core import dispatch
 from kvarn_core.ops.decode import reference
 
 if TYPE_CHECKING:
-    from types import ModuleType
+    from collections.abc import Callable
 
     from kvarn_core.layout import RecordLayout
+
+    Decode = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], None]  # query, cache, out
 
 KERNELS = ("triton", "cuda")
 
@@ -85,6 +87,49 @@ def decode(
     ----------
     docs/explanation/algorithm.md, docs/explanation/paging.md.
     """
+    out = torch.empty_like(query) if out is None else out
+    lse = query.new_empty(query.shape[:2], dtype=torch.float32) if lse is None else lse
+    run = prepare(
+        query, cache, page_table, seq_lens, layout=layout, sm_scale=sm_scale, out=out, lse=lse,
+        workspace=workspace, engine=engine,
+    )  # fmt: skip
+    run(query, cache, out)
+    return out, lse
+
+
+def prepare(
+    query: torch.Tensor,
+    cache: torch.Tensor,
+    page_table: torch.Tensor,
+    seq_lens: torch.Tensor,
+    *,
+    layout: RecordLayout,
+    sm_scale: float,
+    out: torch.Tensor,
+    lse: torch.Tensor,
+    workspace: torch.Tensor | None = None,
+    engine: str | None = None,
+) -> Decode:
+    """Make all checks and choices of `decode` once, for every layer of a step.
+
+    Parameters
+    ----------
+    query, cache, out : Tensor
+        Of any of the layers.
+    page_table, seq_lens, layout, sm_scale, lse, workspace, engine
+        As in `decode`.
+
+    Returns
+    -------
+    callable
+        ``run(query, cache, out)`` fills `out`, and `lse`. Its tensors have shapes, strides and
+        dtypes of those given here, which is not checked again.
+
+    Raises
+    ------
+    ValueError
+        As `decode`.
+    """
     if query.shape[2] != layout.head_dim or query.shape[1] % cache.shape[1]:
         raise ValueError(
             f"query has shape {tuple(query.shape)}. Pass [B, Hq, {layout.head_dim}] with Hq a "
@@ -92,20 +137,30 @@ def decode(
         )
     chosen = dispatch.select(cache.device, layout, engine, kernels=KERNELS)
     if chosen == "reference":
-        result = reference.decode(query, cache, page_table, seq_lens, layout, sm_scale)
-        given = (out, lse)
-        return tuple(r if g is None else g.copy_(r) for r, g in zip(result, given, strict=True))  # type: ignore[return-value]
-    kernels = _kernels(chosen)
+        return partial(_reference, page_table, seq_lens, layout, sm_scale, lse)
     if workspace is not None:
-        sizes = query.shape[0], query.shape[1], cache.shape[1], layout
-        needed = kernels.workspace_bytes(*sizes, cache.device)
+        needed = workspace_bytes(len(query), query.shape[1], cache.shape[1], layout)
         if workspace.numel() < needed:
             raise ValueError(f"workspace has {workspace.numel()} bytes. Pass {needed} or more.")
-    out = torch.empty_like(query) if out is None else out
-    lse = query.new_empty(query.shape[:2], dtype=torch.float32) if lse is None else lse
-    arguments = (query, cache, page_table, seq_lens, layout, sm_scale, out, lse, workspace)
-    kernels.decode(*arguments)
-    return out, lse
+    requests = page_table, seq_lens, layout, sm_scale
+    kernels = import_module(f"{__name__}.{chosen}")  # whose packages are needed from here on
+    run: Decode = kernels.prepare(query, cache, *requests, out, lse, workspace)
+    return run
+
+
+def _reference(
+    page_table: torch.Tensor,
+    seq_lens: torch.Tensor,
+    layout: RecordLayout,
+    sm_scale: float,
+    lse: torch.Tensor,
+    query: torch.Tensor,
+    cache: torch.Tensor,
+    out: torch.Tensor,
+) -> None:
+    result = reference.decode(query, cache, page_table, seq_lens, layout, sm_scale)
+    for given, found in zip((out, lse), result, strict=True):
+        given.copy_(found)
 
 
 def workspace_bytes(batch: int, num_q_heads: int, num_kv_heads: int, layout: RecordLayout) -> int:
@@ -122,14 +177,13 @@ def workspace_bytes(batch: int, num_q_heads: int, num_kv_heads: int, layout: Rec
     layout : RecordLayout
         Byte layout of the preset.
     """
-    device = torch.device("cpu")
-    if torch.cuda.is_available():
+    from kvarn_core.ops.decode import cuda, triton
+
+    nbytes = triton.workspace_bytes(batch, num_q_heads, num_kv_heads, layout)
+    if cuda.has_kernels(layout):
         device = torch.device("cuda", torch.cuda.current_device())
-    engines = ["triton"]
-    if _kernels("cuda").has_kernels(layout):
-        engines.append("cuda")
-    sizes = batch, num_q_heads, num_kv_heads, layout, device
-    nbytes: int = max(_kernels(engine).workspace_bytes(*sizes) for engine in engines)
+        sizes = (batch, num_q_heads, num_kv_heads, layout)
+        nbytes = max(nbytes, cuda.workspace_bytes(*sizes, device))
     return nbytes
 
 
@@ -158,9 +212,9 @@ def warm_up_batches(
     """
     if dispatch.select(device, layout, engine, kernels=KERNELS) != "cuda":
         return [1]
-    sizes = batch, num_q_heads, num_kv_heads, layout, device
-    batches: list[int] = _kernels("cuda").warm_up_batches(*sizes)
-    return batches
+    from kvarn_core.ops.decode import cuda
+
+    return cuda.warm_up_batches(batch, num_q_heads, num_kv_heads, layout, device)
 
 
 def codes_in_cuda() -> str:
@@ -180,8 +234,10 @@ def codes_in_cuda() -> str:
     ----------
     docs/explanation/kernels.md, section "Decode on CUDA".
     """
+    from kvarn_core.ops.decode import cuda
+
     device = torch.device("cuda", torch.cuda.current_device())
-    exact = _kernels("cuda").subnormals_are_exact(device)
+    exact = cuda.subnormals_are_exact(device)
     return "subnormal halves" if exact else "halves with an exponent"
 
 
@@ -207,9 +263,3 @@ def attend(
         Natural log of the sum of exponentials.
     """
     return reference.attend(query, key, value, sm_scale)
-
-
-@memoize
-def _kernels(engine: str) -> ModuleType:
-    """Module of an engine with kernels, whose packages are needed by this call only."""
-    return import_module(f"{__name__}.{engine}")

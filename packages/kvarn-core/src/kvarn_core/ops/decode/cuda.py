@@ -31,6 +31,8 @@ from kvarn_core.spec import PRESETS
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
+    from kvarn_core.ops.decode import Decode
+
 logger = logging.getLogger(__name__)
 
 HERE = Path(__file__).parent
@@ -73,7 +75,7 @@ class Scratch:
         return self.partial_bytes + 4 * self.counters
 
 
-def decode(
+def prepare(
     query: torch.Tensor,
     cache: torch.Tensor,
     page_table: torch.Tensor,
@@ -83,11 +85,11 @@ def decode(
     out: torch.Tensor,
     lse: torch.Tensor,
     workspace: torch.Tensor | None,
-) -> None:
-    """See `kvarn_core.ops.decode.decode`; fills `out` and `lse`."""
+) -> Decode:
+    """See `kvarn_core.ops.decode.prepare`."""
     batch, num_q_heads, _ = query.shape
     if not batch:
-        return
+        return _nothing
     _check_rows("query", query)
     _check_rows("out", out)
     num_kv_heads = cache.shape[1]
@@ -96,19 +98,29 @@ def decode(
     processors = _processors(query.device)
     shape = shape_for(layout, heads, batch * num_kv_heads * blocks, processors)
     ctas = processors * shape.ctas
-    if workspace is None:
-        workspace = torch.zeros(scratch.nbytes, dtype=torch.uint8, device=query.device)
-    partials = workspace.data_ptr()
+    memory = workspace
+    if memory is None:
+        memory = torch.zeros(scratch.nbytes, dtype=torch.uint8, device=query.device)
     kernel = _kernel(layout, query.dtype, shape, query.device)
-    kernel.launch(
-        (ctas, 1, 1),
-        query.data_ptr(), cache.data_ptr(), page_table.data_ptr(), seq_lens.data_ptr(),
-        out.data_ptr(), lse.data_ptr(), partials, partials + scratch.partial_bytes,
+    numbers = (
         sm_scale * LOG2_E, page_table.stride(0), query.stride(0), out.stride(0), batch,
         num_kv_heads, num_q_heads // num_kv_heads, blocks, num_kv_heads * blocks,
         LEAST, SLACK * shape.warps,
         *inverses(ctas, num_kv_heads, blocks),
     )  # fmt: skip
+
+    def run(query: torch.Tensor, cache: torch.Tensor, out: torch.Tensor) -> None:
+        rows, results, partials = query.data_ptr(), out.data_ptr(), memory.data_ptr()
+        if (rows | results) % 16:
+            _check_rows("query", query)
+            _check_rows("out", out)
+        kernel.launch(
+            (ctas, 1, 1),
+            rows, cache.data_ptr(), page_table.data_ptr(), seq_lens.data_ptr(),
+            results, lse.data_ptr(), partials, partials + scratch.partial_bytes, *numbers,
+        )  # fmt: skip
+
+    return run
 
 
 @cache
@@ -237,10 +249,14 @@ def _processors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count
 
 
+def _nothing(query: object, cache: object, out: object) -> None:
+    """Without requests there is nothing to launch."""
+
+
 def _check_rows(name: str, rows: torch.Tensor) -> None:
     """Refuse what the kernel's loads of 16 bytes would misread."""
     dense = rows.stride(2) == 1 and rows.stride(1) == rows.shape[2]
-    step = rows.stride(0) * rows.element_size() if rows.shape[0] > 1 else 0
+    step = rows.stride(0) * rows.element_size() if len(rows) > 1 else 0
     if not dense or step % 16 or rows.data_ptr() % 16:
         raise ValueError(
             f"{name} has strides {tuple(rows.stride())} at address {rows.data_ptr():#x}. Pass "

@@ -29,6 +29,8 @@ from kvarn_core.variants import Variant
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
+    from kvarn_core.ops.decode import Decode
+
 HEADS = tl.constexpr(8)  # query heads per program: the N of the mma
 LOG2_E = 1.4426950408889634
 LN_2 = tl.constexpr(0.6931471805599453)
@@ -369,17 +371,14 @@ def _join4(a, b, c, d):  # type: ignore[no-untyped-def]
 
 
 @cache
-def workspace_bytes(
-    batch: int, num_q_heads: int, num_kv_heads: int, layout: RecordLayout, device: torch.device
-) -> int:
+def workspace_bytes(batch: int, num_q_heads: int, num_kv_heads: int, layout: RecordLayout) -> int:
     """See `kvarn_core.ops.decode.workspace_bytes`."""
-    heads = num_q_heads, num_kv_heads
     sizes = range(1, batch + 1)
-    slots = max((n * _splits(layout, n, *heads, device) for n in sizes), default=0)
+    slots = max((n * _splits(layout, n, num_q_heads, num_kv_heads) for n in sizes), default=0)
     return slots * num_q_heads * (layout.head_dim + 2) * 4
 
 
-def decode(
+def prepare(
     query: torch.Tensor,
     cache: torch.Tensor,
     page_table: torch.Tensor,
@@ -389,30 +388,34 @@ def decode(
     out: torch.Tensor,
     lse: torch.Tensor,
     workspace: torch.Tensor | None,
-) -> None:
-    """See `kvarn_core.ops.decode.decode`; fills `out` and `lse`."""
+) -> Decode:
+    """See `kvarn_core.ops.decode.prepare`."""
     batch, num_q_heads, dim = query.shape
-    if not batch:
-        return
     num_kv_heads = cache.shape[1]
     ratio = num_q_heads // num_kv_heads
-    splits = _splits(layout, batch, num_q_heads, num_kv_heads, query.device)
+    splits = _splits(layout, batch, num_q_heads, num_kv_heads) if batch else 0
     slots = batch * num_q_heads * splits
     if workspace is None:
         nbytes = slots * (dim + 2) * 4
         workspace = torch.empty(nbytes, dtype=torch.uint8, device=query.device)
     partial = workspace[: slots * dim * 4].view(torch.float32)
     state = workspace[slots * dim * 4 : slots * (dim + 2) * 4].view(torch.float32)
-    _decode_kernel[(num_kv_heads * -(-ratio // HEADS.value), splits, batch)](
-        query, cache, page_table, seq_lens, partial, state,
-        sm_scale * LOG2_E, page_table.stride(0), query.stride(0), num_q_heads, num_kv_heads,
-        splits, RATIO=ratio, **_decode_constants(layout), **_decode_options(layout),
-    )  # fmt: skip
-    _combine_kernel[(num_q_heads, batch)](
-        partial, state, page_table, seq_lens, out, lse,
-        page_table.stride(0), out.stride(0), num_q_heads, splits,
-        **_combine_constants(layout), num_warps=4, num_stages=1,
-    )  # fmt: skip
+
+    def run(query: torch.Tensor, cache: torch.Tensor, out: torch.Tensor) -> None:
+        if not batch:
+            return
+        _decode_kernel[(num_kv_heads * -(-ratio // HEADS.value), splits, batch)](
+            query, cache, page_table, seq_lens, partial, state,
+            sm_scale * LOG2_E, page_table.stride(0), query.stride(0), num_q_heads, num_kv_heads,
+            splits, RATIO=ratio, **_decode_constants(layout), **_decode_options(layout),
+        )  # fmt: skip
+        _combine_kernel[(num_q_heads, batch)](
+            partial, state, page_table, seq_lens, out, lse,
+            page_table.stride(0), out.stride(0), num_q_heads, splits,
+            **_combine_constants(layout), num_warps=4, num_stages=1,
+        )  # fmt: skip
+
+    return run
 
 
 def resident_programs(layout: RecordLayout) -> int:
@@ -424,21 +427,19 @@ def resident_programs(layout: RecordLayout) -> int:
     return 12
 
 
-def _splits(
-    layout: RecordLayout, batch: int, num_q_heads: int, num_kv_heads: int, device: torch.device
-) -> int:
+def _splits(layout: RecordLayout, batch: int, num_q_heads: int, num_kv_heads: int) -> int:
     """Splits of each request: as many programs as are resident at once, whatever the lengths."""
     head_blocks: int = num_kv_heads * -(-(num_q_heads // num_kv_heads) // HEADS.value)
-    wanted = resident_programs(layout) * _processors(device) // (batch * head_blocks)
+    wanted = resident_programs(layout) * _processors() // (batch * head_blocks)
     return min(max(wanted, 1), MAX_SPLITS)
 
 
 @cache
-def _processors(device: torch.device) -> int:
-    """Streaming multiprocessors of a GPU; 1 in Triton's interpreter."""
-    if device.type != "cuda":
+def _processors() -> int:
+    """Streaming multiprocessors of the current GPU; 1 in Triton's interpreter."""
+    if not torch.cuda.is_available():
         return 1
-    return torch.cuda.get_device_properties(device).multi_processor_count
+    return torch.cuda.get_device_properties().multi_processor_count
 
 
 @cache

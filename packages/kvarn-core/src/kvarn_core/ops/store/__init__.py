@@ -7,8 +7,7 @@ reads the old ring.
 
 from __future__ import annotations
 
-from functools import cache as memoize
-from functools import lru_cache
+from functools import partial
 from importlib import import_module
 from typing import TYPE_CHECKING
 
@@ -17,11 +16,15 @@ from kvarn_core.ops.store import reference
 from kvarn_core.spec import Recipe
 
 if TYPE_CHECKING:
-    from types import ModuleType
+    from collections.abc import Callable
+    from typing import Any
 
     import torch
 
     from kvarn_core.layout import RecordLayout
+
+    Options = dict[str, Any]
+    Write = Callable[..., None]
 
 KERNELS = ("triton", "cuda")
 
@@ -51,13 +54,8 @@ def write_sink(
         If a shape disagrees with `layout`; the message names the argument.
     """
     inputs = key, value, cache, page_table, seq_lens, cu_seqlens_q
-    chosen = select(cache.device, layout, engine, kernels=KERNELS)
-    _check(key, value, cache, page_table, layout, chosen)
-    if chosen == "reference":
-        reference.write_sink(*inputs, layout=layout)
-        return
-    most = _longest(seq_lens, cu_seqlens_q) if max_query_len is None else max_query_len
-    _kernels(chosen).write_sink(*inputs, layout=layout, max_query_len=most)
+    options: Options = {"layout": layout, "max_query_len": max_query_len, "engine": engine}
+    prepare("write_sink", *inputs, **options)(key, value, cache)
 
 
 def seal(
@@ -119,13 +117,8 @@ def seal(
     docs/explanation/paging.md.
     """
     inputs = key, value, cache, page_table, seq_lens, cu_seqlens_q
-    chosen = select(cache.device, layout, engine, kernels=KERNELS)
-    _check(key, value, cache, page_table, layout, chosen)
-    if chosen == "reference":
-        reference.seal(*inputs, layout=layout, recipe=recipe, layer=layer)
-        return
-    most = _longest(seq_lens, cu_seqlens_q) if max_query_len is None else max_query_len
-    _kernels(chosen).seal(*inputs, layout=layout, recipe=recipe, layer=layer, max_query_len=most)
+    options: Options = {"layout": layout, "max_query_len": max_query_len, "engine": engine}
+    prepare("seal", *inputs, **options, recipe=recipe)(key, value, cache, layer)
 
 
 def append(
@@ -158,24 +151,74 @@ def append(
         If a shape disagrees with `layout`; the message names the argument.
     """
     inputs = key, value, cache, page_table, seq_lens, cu_seqlens_q
+    options: Options = {"layout": layout, "max_query_len": max_query_len, "engine": engine}
+    prepare("append", *inputs, **options)(key, value, cache)
+
+
+def prepare(
+    op: str,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    cache: torch.Tensor,
+    page_table: torch.Tensor,
+    seq_lens: torch.Tensor,
+    cu_seqlens_q: torch.Tensor,
+    *,
+    layout: RecordLayout,
+    recipe: Recipe = Recipe.KVARN,
+    max_query_len: int | None = None,
+    engine: str | None = None,
+) -> Write:
+    """Make all checks and choices of an op once, for every layer of a step.
+
+    Parameters
+    ----------
+    op : str
+        ``write_sink``, ``seal`` or ``append``.
+    key, value, cache : Tensor
+        Of any of the layers.
+    page_table, seq_lens, cu_seqlens_q, layout, recipe, max_query_len, engine
+        As in `seal`.
+
+    Returns
+    -------
+    callable
+        ``run(key, value, cache, layer=0)`` does the op. Its tensors have shapes, strides and dtypes
+        of those given here, which is not checked again.
+
+    Raises
+    ------
+    ValueError
+        As the op itself.
+    """
+    _check(key, value, cache, page_table, layout)
+    requests = page_table, seq_lens, cu_seqlens_q
     chosen = select(cache.device, layout, engine, kernels=KERNELS)
-    _check(key, value, cache, page_table, layout, chosen)
     if chosen == "reference":
-        reference.append(*inputs, layout=layout)
-        return
-    most = _longest(seq_lens, cu_seqlens_q) if max_query_len is None else max_query_len
-    _kernels(chosen).append(*inputs, layout=layout, max_query_len=most)
+        return partial(_reference, op, requests, layout, recipe)
+    most = _check_for_kernels(key, value, cache, *requests, max_query_len)
+    kernels = import_module(f"{__name__}.{chosen}")  # whose packages are needed from here on
+    run: Write = kernels.prepare(
+        op, key, value, cache, *requests, layout=layout, recipe=recipe, max_query_len=most
+    )
+    return run
 
 
-@memoize
-def _kernels(engine: str) -> ModuleType:
-    """Module of an engine with kernels, whose packages are needed by this call only."""
-    return import_module(f"{__name__}.{engine}")
-
-
-def _longest(seq_lens: torch.Tensor, cu_seqlens_q: torch.Tensor) -> int:
-    """The largest number of new tokens of a request, read back from the device."""
-    return int(cu_seqlens_q.diff().max()) if len(seq_lens) else 0
+def _reference(
+    op: str,
+    requests: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
+    layout: RecordLayout,
+    recipe: Recipe,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    cache: torch.Tensor,
+    layer: int = 0,
+) -> None:
+    inputs = key, value, cache, *requests
+    if op == "seal":
+        reference.seal(*inputs, layout=layout, recipe=recipe, layer=layer)
+    else:
+        getattr(reference, op)(*inputs, layout=layout)
 
 
 def _check(
@@ -184,47 +227,45 @@ def _check(
     cache: torch.Tensor,
     page_table: torch.Tensor,
     layout: RecordLayout,
-    engine: str,
 ) -> None:
-    """Refuse shapes that disagree, and strides that kernels do not expect."""
-    shapes = key.shape, value.shape, cache.shape, page_table.shape
-    strides = key.stride(), value.stride(), cache.stride()
-    _check_places(shapes, None if engine == "reference" else strides, layout)
-
-
-@lru_cache
-def _check_places(
-    shapes: tuple[torch.Size, ...],
-    strides: tuple[tuple[int, ...], ...] | None,
-    layout: RecordLayout,
-) -> None:
-    """Check shapes, and strides if given; remembered, because all layers of a step ask the same."""
-    key, value, cache, page_table = shapes
-    if len(cache) != 3 or cache[2] != layout.record_bytes:
+    heads = cache.shape[1]
+    if cache.dim() != 3 or cache.shape[2] != layout.record_bytes:
         raise ValueError(
-            f"cache has shape {tuple(cache)}. "
+            f"cache has shape {tuple(cache.shape)}. "
             f"Pass uint8 [P, Hkv, {layout.record_bytes}] for {layout.preset.name}."
         )
     for name, rows in (("key", key), ("value", value)):
-        if rows[1:] != (cache[1], layout.head_dim):
+        if rows.shape[1:] != (heads, layout.head_dim):
             raise ValueError(
-                f"{name} has shape {tuple(rows)}. Pass [T, {cache[1]}, {layout.head_dim}]."
+                f"{name} has shape {tuple(rows.shape)}. Pass [T, {heads}, {layout.head_dim}]."
             )
-    if page_table[1] < layout.header_columns:
+    if page_table.shape[1] < layout.header_columns:
         raise ValueError(
-            f"page_table has {page_table[1]} columns. "
+            f"page_table has {page_table.shape[1]} columns. "
             f"{layout.preset.name} needs {layout.header_columns} for the header alone."
         )
-    if strides is None:
-        return
-    *strides_of_rows, pages = strides
-    if pages[1:] != (cache[2], 1) or pages[0] % 16:
+
+
+def _check_for_kernels(
+    key: torch.Tensor,
+    value: torch.Tensor,
+    cache: torch.Tensor,
+    page_table: torch.Tensor,
+    seq_lens: torch.Tensor,
+    cu_seqlens_q: torch.Tensor,
+    max_query_len: int | None,
+) -> int:
+    """Check the strides that kernels rely on; return `max_query_len`, computed if not given."""
+    if cache.stride()[1:] != (cache.shape[2], 1) or cache.stride(0) % 16:
         raise ValueError(
-            f"cache has strides {pages}. Pass contiguous pages at multiples of 16 bytes."
+            f"cache has strides {cache.stride()}. Pass contiguous pages at multiples of 16 bytes."
         )
-    for name, rows, steps in zip(("key", "value"), (key, value), strides_of_rows, strict=True):
-        if steps[1:] != (rows[2], 1) or (rows[0] > 1 and steps[0] % 8):
+    for name, rows in (("key", key), ("value", value)):
+        if rows.stride()[1:] != (rows.shape[2], 1) or (len(rows) > 1 and rows.stride(0) % 8):
             raise ValueError(
-                f"{name} has strides {steps}. "
+                f"{name} has strides {rows.stride()}. "
                 "Pass contiguous heads and a row stride that is a multiple of 8 elements."
             )
+    if max_query_len is not None or len(seq_lens) == 0:
+        return max_query_len or 0
+    return int(cu_seqlens_q.diff().max())

@@ -23,47 +23,16 @@ from kvarn_core.spec import PRESETS, Recipe
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
+    from kvarn_core.ops.store import Write
+
 HERE = Path(__file__).parent
 ROWS_THREADS = 128
 DTYPES = {torch.float16: ("fp16", 0), torch.bfloat16: ("bf16", 1), torch.float32: ("fp32", 2)}
 PLACES = ("pointer",) * 6 + ("i64",) * 4  # tensors and strides that both kernels take
 
 
-def write_sink(
-    key: torch.Tensor,
-    value: torch.Tensor,
-    cache: torch.Tensor,
-    page_table: torch.Tensor,
-    seq_lens: torch.Tensor,
-    cu_seqlens_q: torch.Tensor,
-    *,
-    layout: RecordLayout,
-    max_query_len: int,
-) -> None:
-    """See `kvarn_core.ops.store.write_sink`."""
-    most = min(max_query_len, layout.sink_rows)
-    inputs = key, value, cache, page_table, seq_lens, cu_seqlens_q
-    _launch_rows(*inputs, layout, most, to_ring=False)
-
-
-def append(
-    key: torch.Tensor,
-    value: torch.Tensor,
-    cache: torch.Tensor,
-    page_table: torch.Tensor,
-    seq_lens: torch.Tensor,
-    cu_seqlens_q: torch.Tensor,
-    *,
-    layout: RecordLayout,
-    max_query_len: int,
-) -> None:
-    """See `kvarn_core.ops.store.append`."""
-    most = min(max_query_len, layout.ring_rows)
-    inputs = key, value, cache, page_table, seq_lens, cu_seqlens_q
-    _launch_rows(*inputs, layout, most, to_ring=True)
-
-
-def seal(
+def prepare(
+    op: str,
     key: torch.Tensor,
     value: torch.Tensor,
     cache: torch.Tensor,
@@ -73,19 +42,37 @@ def seal(
     *,
     layout: RecordLayout,
     recipe: Recipe,
-    layer: int,
     max_query_len: int,
-) -> None:
-    """See `kvarn_core.ops.store.seal`."""
-    batch, heads = seq_lens.shape[0], cache.shape[1]
+) -> Write:
+    """See `kvarn_core.ops.store.prepare`."""
+    _check(key, value, page_table, seq_lens, cu_seqlens_q)
+    _addresses(key, value, cache)
+    strides = key.stride(0), value.stride(0), cache.stride(0), page_table.stride(0)
+    batch, heads = len(seq_lens), cache.shape[1]
     if batch == 0 or max_query_len == 0:
-        return
-    one_new = max_query_len == 1  # the deadline of at most one head in G
-    slots = batch if one_new else key.shape[0] // layout.group + batch
-    columns = -(-heads // layout.group) if one_new else heads
-    places = _places(key, value, cache, page_table, seq_lens, cu_seqlens_q)
-    kernel = _seal_kernel(layout, recipe, key.dtype, cache.device)
-    kernel.launch((slots, columns, 2), *places, batch, heads, layer, one_new)
+        return _nothing
+    if op == "seal":
+        one_new = max_query_len == 1  # the deadline of at most one head in G
+        slots = batch if one_new else len(key) // layout.group + batch
+        grid = (slots, -(-heads // layout.group) if one_new else heads, 2)
+        kernel = _seal_kernel(layout, recipe, key.dtype, cache.device)
+    else:
+        to_ring = op == "append"
+        most = min(max_query_len, layout.ring_rows if to_ring else layout.sink_rows)
+        grid = (-(-most * heads * 2 * layout.head_dim // 8 // ROWS_THREADS), batch, 1)
+        kernel = _rows_kernel(layout, key.dtype, cache.device)
+
+    def run(key: torch.Tensor, value: torch.Tensor, cache: torch.Tensor, layer: int = 0) -> None:
+        places = (
+            *_addresses(key, value, cache),
+            page_table.data_ptr(), seq_lens.data_ptr(), cu_seqlens_q.data_ptr(), *strides,
+        )  # fmt: skip
+        if op == "seal":
+            kernel.launch(grid, *places, batch, heads, layer, one_new)
+        else:
+            kernel.launch(grid, *places, heads, to_ring)
+
+    return run
 
 
 def rows_variant(layout: RecordLayout, dtype: torch.dtype) -> nvrtc.Variant:
@@ -120,59 +107,34 @@ def variants() -> Iterator[nvrtc.Variant]:
                     yield seal_variant(layout, recipe, dtype)
 
 
-def _launch_rows(
-    key: torch.Tensor,
-    value: torch.Tensor,
-    cache: torch.Tensor,
-    page_table: torch.Tensor,
-    seq_lens: torch.Tensor,
-    cu_seqlens_q: torch.Tensor,
-    layout: RecordLayout,
-    most: int,
-    *,
-    to_ring: bool,
-) -> None:
-    """Write at most `most` rows per request."""
-    batch, heads = seq_lens.shape[0], cache.shape[1]
-    if batch == 0 or most == 0:
-        return
-    ctas = -(-most * heads * 2 * layout.head_dim // 8 // ROWS_THREADS)
-    places = _places(key, value, cache, page_table, seq_lens, cu_seqlens_q)
-    kernel = _rows_kernel(layout, key.dtype, cache.device)
-    kernel.launch((ctas, batch, 1), *places, heads, to_ring)
-
-
-def _places(
-    key: torch.Tensor,
-    value: torch.Tensor,
-    cache: torch.Tensor,
-    page_table: torch.Tensor,
-    seq_lens: torch.Tensor,
-    cu_seqlens_q: torch.Tensor,
-) -> tuple[int, ...]:
-    """Addresses and strides; refuses what the kernels would misread."""
+def _check(key: torch.Tensor, value: torch.Tensor, *requests: torch.Tensor) -> None:
+    """Refuse what the kernels would misread."""
     if key.dtype not in DTYPES or value.dtype != key.dtype:
         raise ValueError(
             f"key and value have dtypes {key.dtype} and {value.dtype}. "
             "Pass both in fp16, in bf16 or in fp32."
         )
-    addresses = key.data_ptr(), value.data_ptr(), cache.data_ptr()
-    for i, address in enumerate(addresses):
-        if address % 16:
-            name = ("key", "value", "cache")[i]
-            raise ValueError(f"{name} begins at {address:#x}. Align it to 16 bytes.")
-    numbers = page_table, seq_lens, cu_seqlens_q
-    for i, tensor in enumerate(numbers):
+    names = "page_table", "seq_lens", "cu_seqlens_q"
+    for name, tensor in zip(names, requests, strict=True):
         if tensor.dtype != torch.int32 or tensor.stride(-1) != 1:
-            name = ("page_table", "seq_lens", "cu_seqlens_q")[i]
             raise ValueError(
                 f"{name} has dtype {tensor.dtype} and strides {tensor.stride()}. "
                 "Pass int32, contiguous along the last dimension."
             )
-    return (
-        *addresses, page_table.data_ptr(), seq_lens.data_ptr(), cu_seqlens_q.data_ptr(),
-        key.stride(0), value.stride(0), cache.stride(0), page_table.stride(0),
-    )  # fmt: skip
+
+
+def _addresses(key: torch.Tensor, value: torch.Tensor, cache: torch.Tensor) -> tuple[int, int, int]:
+    """Addresses of a layer's tensors, which kernels read 16 bytes at a time."""
+    addresses = key.data_ptr(), value.data_ptr(), cache.data_ptr()
+    if (addresses[0] | addresses[1] | addresses[2]) % 16:
+        named = zip(("key", "value", "cache"), addresses, strict=True)
+        name, address = next(found for found in named if found[1] % 16)
+        raise ValueError(f"{name} begins at {address:#x}. Align it to 16 bytes.")
+    return addresses
+
+
+def _nothing(key: object, value: object, cache: object, layer: int = 0) -> None:
+    """Without requests or new tokens there is nothing to launch."""
 
 
 @memoize

@@ -38,47 +38,16 @@ if TYPE_CHECKING:
 
     import torch
 
+    from kvarn_core.ops.store import Write
+
 HIT, SINK, RING = (tl.constexpr(column) for column in (HIT_COLUMN, SINK_COLUMN, RING_COLUMN))
 PREFILL_ROWS = 16  # rows per program where a request has several new tokens
 SIZES = ("key_stride", "value_stride", "page_stride", "table_stride")
 INDICES = ("p_table", "p_lens", "p_starts")  # slices of larger tensors: any 4-byte alignment
 
 
-def write_sink(
-    key: torch.Tensor,
-    value: torch.Tensor,
-    cache: torch.Tensor,
-    page_table: torch.Tensor,
-    seq_lens: torch.Tensor,
-    cu_seqlens_q: torch.Tensor,
-    *,
-    layout: RecordLayout,
-    max_query_len: int,
-) -> None:
-    """See `kvarn_core.ops.store.write_sink`."""
-    most = min(max_query_len, layout.sink_rows)
-    inputs = key, value, cache, page_table, seq_lens, cu_seqlens_q
-    _launch_rows(*inputs, layout, most, to_ring=False)
-
-
-def append(
-    key: torch.Tensor,
-    value: torch.Tensor,
-    cache: torch.Tensor,
-    page_table: torch.Tensor,
-    seq_lens: torch.Tensor,
-    cu_seqlens_q: torch.Tensor,
-    *,
-    layout: RecordLayout,
-    max_query_len: int,
-) -> None:
-    """See `kvarn_core.ops.store.append`."""
-    most = min(max_query_len, layout.ring_rows)
-    inputs = key, value, cache, page_table, seq_lens, cu_seqlens_q
-    _launch_rows(*inputs, layout, most, to_ring=True)
-
-
-def seal(
+def prepare(
+    op: str,
     key: torch.Tensor,
     value: torch.Tensor,
     cache: torch.Tensor,
@@ -88,24 +57,43 @@ def seal(
     *,
     layout: RecordLayout,
     recipe: Recipe,
-    layer: int,
     max_query_len: int,
-) -> None:
-    """See `kvarn_core.ops.store.seal`."""
+) -> Write:
+    """See `kvarn_core.ops.store.prepare`."""
+    requests = page_table, seq_lens, cu_seqlens_q
+    strides = key.stride(0), value.stride(0), cache.stride(0), page_table.stride(0)
     batch, heads = len(seq_lens), cache.shape[1]
-    if batch == 0 or max_query_len == 0:
-        return
-    raw = max_query_len > 1  # else every row of a complete tile is in the ring
-    slots = triton.cdiv(max_query_len, layout.group)
-    # one new token is the deadline of at most one head in G
-    columns = heads if raw else triton.cdiv(heads, layout.group)
-    _seal[(batch * slots, columns, 2)](
-        key, value, cache, page_table, seq_lens, cu_seqlens_q,
-        key.stride(0), value.stride(0), cache.stride(0), page_table.stride(0),
-        slots, heads, layer,
-        LAYOUT=layout_text(layout), RECIPE=recipe_text(recipe), RAW=raw,
-        **launch_options(layout),
-    )  # fmt: skip
+    if op == "seal":
+        raw = max_query_len > 1  # else every row of a complete tile is in the ring
+        slots = triton.cdiv(max_query_len, layout.group)
+        # one new token is the deadline of at most one head in G
+        columns = heads if raw else triton.cdiv(heads, layout.group)
+        grid = (batch * slots, columns, 2)
+        constants = {
+            "LAYOUT": layout_text(layout), "RECIPE": recipe_text(recipe), "RAW": raw,
+            **launch_options(layout),
+        }  # fmt: skip
+    else:
+        to_ring = op == "append"
+        most = min(max_query_len, layout.ring_rows if to_ring else layout.sink_rows)
+        rows = 1 if most == 1 else PREFILL_ROWS
+        blocks = triton.cdiv(most, rows)
+        grid = (batch * blocks, heads, 1)
+        constants = {
+            "LAYOUT": layout_text(layout), "ROWS": rows, "TO_RING": to_ring,
+            "num_warps": _row_warps(rows), "num_stages": 1,
+        }  # fmt: skip
+
+    def run(key: torch.Tensor, value: torch.Tensor, cache: torch.Tensor, layer: int = 0) -> None:
+        if not grid[0]:
+            return
+        inputs = key, value, cache, *requests, *strides
+        if op == "seal":
+            _seal[grid](*inputs, slots, heads, layer, **constants)
+        else:
+            _write_rows[grid](*inputs, blocks, **constants)
+
+    return run
 
 
 def variants() -> Iterator[Variant]:
@@ -150,32 +138,6 @@ def _signature(dtype: str, *integers: str) -> dict[str, str]:
 
 def _row_warps(rows: int) -> int:
     return 1 if rows == 1 else 4
-
-
-def _launch_rows(
-    key: torch.Tensor,
-    value: torch.Tensor,
-    cache: torch.Tensor,
-    page_table: torch.Tensor,
-    seq_lens: torch.Tensor,
-    cu_seqlens_q: torch.Tensor,
-    layout: RecordLayout,
-    most: int,
-    *,
-    to_ring: bool,
-) -> None:
-    """Write at most `most` rows per request."""
-    batch, heads = len(seq_lens), cache.shape[1]
-    rows = 1 if most == 1 else PREFILL_ROWS
-    blocks = triton.cdiv(most, rows)
-    if batch * blocks:
-        _write_rows[(batch * blocks, heads)](
-            key, value, cache, page_table, seq_lens, cu_seqlens_q,
-            key.stride(0), value.stride(0), cache.stride(0), page_table.stride(0),
-            blocks,
-            LAYOUT=layout_text(layout), ROWS=rows, TO_RING=to_ring,
-            num_warps=_row_warps(rows), num_stages=1,
-        )  # fmt: skip
 
 
 # --- exact rows --------------------------------------------------------------------------------
