@@ -108,4 +108,8 @@ FULL = [
     ),
     *(replace(_BUSY, head_dim=head_dim) for head_dim in (64, 256)),
     *(replace(_BUSY, num_q_heads=num_q_heads) for num_q_heads in (8, 32, 40, 128)),
+    *(  # a rank of two
+        replace(_BUSY, batch=batch, context=context, num_q_heads=32, num_kv_heads=4)
+        for batch, context in ((8, 4096), (32, 16_384), (128, 4096))
+    ),
 ]

@@ -1,11 +1,16 @@
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import pytest
 import torch
 
-from kvarn_core import PRESETS, RecordLayout
+from kvarn_core import PRESETS, RecordLayout, dispatch
 from kvarn_core.dispatch import explain, select
 from kvarn_core.spec import DEBUG_PRESETS
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
 
 LAYOUT = RecordLayout(PRESETS["kvarn_k4v2_g128"], 128)
 DEBUG = RecordLayout(DEBUG_PRESETS["kvarn_debug32_g128"], 128)
@@ -15,6 +20,13 @@ CPU, GPU = torch.device("cpu"), torch.device("cuda:0")
 @pytest.fixture(autouse=True)
 def _compiled(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+
+
+@pytest.fixture(autouse=True)
+def _nothing_remembered() -> Iterator[None]:
+    dispatch._select_on_gpu.cache_clear()
+    yield
+    dispatch._select_on_gpu.cache_clear()
 
 
 @pytest.fixture
@@ -47,6 +59,7 @@ def test_hopper_gets_cuda_if_it_can_compile(
         "Operations in CUDA C++: decode, quantize, store; Triton runs the others."
     )
     monkeypatch.setattr("kvarn_core.nvrtc.obstacle", lambda: "the package cuda-bindings")
+    dispatch._select_on_gpu.cache_clear()
     assert select(GPU, LAYOUT, kernels=("triton", "cuda")) == "triton"
     assert explain(GPU, LAYOUT).endswith("run: the package cuda-bindings is not installed.")
 

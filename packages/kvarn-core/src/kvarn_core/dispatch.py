@@ -57,8 +57,19 @@ def select(
 
     Notes
     -----
-    On the CPU Triton must be asked for, and runs in its interpreter (``TRITON_INTERPRET=1``).
+    On the CPU Triton must be asked for, and runs in its interpreter (``TRITON_INTERPRET=1``). What
+    was chosen for a GPU is remembered: every call of an operation asks.
     """
+    choose = _select_on_gpu if device.type == "cuda" else _select
+    return choose(device, layout, engine, kernels)
+
+
+def _select(
+    device: torch.device,
+    layout: RecordLayout | None,
+    engine: str | None,
+    kernels: tuple[str, ...],
+) -> str:
     if engine not in (None, *ENGINES):
         raise ValueError(f"There is no engine {engine!r}. Choose one of {', '.join(ENGINES)}.")
     if engine == "reference":
@@ -75,6 +86,9 @@ def select(
             other = "triton" if needed == "cuda" else "reference"
             raise error(f"The {needed} engine cannot run: {obstacle}. Use the {other} engine.")
     return wanted
+
+
+_select_on_gpu = cache(_select)
 
 
 def explain(device: torch.device, layout: RecordLayout | None, engine: str | None = None) -> str:

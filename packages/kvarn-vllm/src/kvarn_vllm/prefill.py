@@ -82,7 +82,9 @@ def prefill(
         )  # fmt: skip
         rotate_rows(old, out=old, engine=engine)
         known = lse[:, part.tokens].contiguous()
-        lse[:, part.tokens] = attention.merge(output[part.tokens], known, old, old_lse)
+        merged = attention.merge(output[part.tokens], known, old, old_lse)
+        if part is not step.passes[-1]:  # nobody asks for the sums of all keys
+            lse[:, part.tokens] = merged
 
 
 def _gather(
