@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from kvarn_core.layout import RING_COLUMN, SINK_COLUMN, RecordLayout, seal_phase
 from kvarn_core.ops.gather import gather
 from kvarn_core.ops.quantize import quantize
-from kvarn_core.ops.store import append, seal, write_sink
+from kvarn_core.ops.store import append, prepare, seal, write_sink
 from kvarn_core.rotation import exact_rows
 from kvarn_core.spec import DEBUG_PRESETS, PRESETS, Recipe
 from kvarn_core.testing import naive
@@ -323,3 +323,13 @@ def test_wrong_shapes_are_named() -> None:
         append(key, value, paging.cache[:, :, 1:], paging.page_table, *where, layout=SMALL)
     with pytest.raises(ValueError, match=r"needs 11 for the header alone\.$"):
         append(key, value, paging.cache, paging.page_table[:, :10], *where, layout=SMALL)
+
+
+def test_an_op_that_is_none_is_refused() -> None:
+    key, value = _rows(SMALL, 1)
+    paging = allocate(SMALL, [1])
+    where = (torch.tensor(x, dtype=torch.int32) for x in ([1], [0, 1]))
+    with pytest.raises(
+        ValueError, match=r"^There is no op 'apend'\. Choose one of write_sink, seal"
+    ):
+        prepare("apend", key, value, paging.cache, paging.page_table, *where, layout=SMALL)

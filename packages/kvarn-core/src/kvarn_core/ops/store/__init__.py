@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     Write = Callable[..., None]
 
 KERNELS = ("triton", "cuda")
+OPS = ("write_sink", "seal", "append")
 
 
 def write_sink(
@@ -174,7 +175,7 @@ def prepare(
     Parameters
     ----------
     op : str
-        ``write_sink``, ``seal`` or ``append``.
+        A member of `OPS`.
     key, value, cache : Tensor
         Of any of the layers.
     page_table, seq_lens, cu_seqlens_q, layout, recipe, max_query_len, engine
@@ -189,8 +190,10 @@ def prepare(
     Raises
     ------
     ValueError
-        As the op itself.
+        If there is no such op, and as the op itself.
     """
+    if op not in OPS:
+        raise ValueError(f"There is no op {op!r}. Choose one of {', '.join(OPS)}.")
     _check(key, value, cache, page_table, layout)
     requests = page_table, seq_lens, cu_seqlens_q
     chosen = select(cache.device, layout, engine, kernels=KERNELS)
