@@ -93,7 +93,14 @@ class Batched:
         layer: int,
     ) -> None:
         """Store the new rows of a step and attend; see `KVarNImpl.forward` for the tensors."""
-        launches = self._launches(query, key, value, cache, step, output)
+        kind = (
+            query.shape, query.stride(), key.stride(), value.stride(), cache.shape, cache.stride(),
+            output.stride(), query.dtype, self.scale,
+        )  # fmt: skip
+        launches = step.launches.get(kind)
+        if launches is None:
+            launches = self._prepare(query, key, value, cache, step, output)
+            step.launches[kind] = launches
         decodes = slice(0, step.num_decodes if step.prefill else len(step.seq_lens))
         if step.prefill is None or launches.prefills is None:
             with beside(lambda: launches.seal(key, value, cache, layer), query.device):
@@ -116,24 +123,6 @@ class Batched:
         )  # fmt: skip
         append(key, value, cache)  # last: prefill read the old ring
 
-    def _launches(
-        self,
-        query: torch.Tensor,
-        key: torch.Tensor,
-        value: torch.Tensor,
-        cache: torch.Tensor,
-        step: KVarNMetadata,
-        output: torch.Tensor,
-    ) -> Launches:
-        """What was prepared at the first layer whose tensors look like these."""
-        kind = (
-            query.shape, query.stride(), key.stride(), value.stride(), cache.shape, cache.stride(),
-            output.stride(), query.dtype, self.scale,
-        )  # fmt: skip
-        if kind not in step.launches:
-            step.launches[kind] = self._prepare(query, key, value, cache, step, output)
-        return step.launches[kind]
-
     def _prepare(
         self,
         query: torch.Tensor,
@@ -143,6 +132,8 @@ class Batched:
         step: KVarNMetadata,
         output: torch.Tensor,
     ) -> Launches:
+        """What every layer with tensors of these shapes and strides launches."""
+
         def write(op: str, requests: Rows, most: int) -> Write:
             return store.prepare(
                 op, key, value, cache, *requests,
