@@ -7,6 +7,7 @@ import pytest
 import torch
 from vllm.config import VllmConfig, set_current_vllm_config
 
+from kvarn_core.ops import store
 from kvarn_vllm import by_request, flash, workspace
 from kvarn_vllm import warm_up as warm_up_module
 from kvarn_vllm.batched import Batched
@@ -283,11 +284,9 @@ def test_one_call_of_attention_for_all_rows_and_one_per_pass(scratch: list[int])
     assert calls == [1, 4, 4], "first chunks; two contexts of 200 in two passes; decodes"
 
 
-def test_layers_of_a_step_share_what_the_first_prepared(
+def test_layers_of_a_step_share_what_the_first_of_their_kind_prepared(
     scratch: list[int], monkeypatch: Any
 ) -> None:
-    from kvarn_core.ops import store
-
     prepared: list[str] = []
     whole = store.prepare
 
@@ -299,18 +298,21 @@ def test_layers_of_a_step_share_what_the_first_prepared(
     served = Sequences(batched("kvarn_k4v2_g64"), [200, 200])
     forward = served.attention.forward
 
-    def three_layers(*tensors: Any, **options: Any) -> Any:
-        """A model whose layers all write the same."""
-        return [forward(*tensors, **options) for _ in range(3)][-1]
+    def layers(layer: Any, query: Any, key: Any, value: Any, *rest: Any) -> Any:
+        """Four layers that all write the same, two of them from rows of a wider tensor."""
+        wide = [torch.cat((rows, rows), dim=1)[:, : rows.shape[1]] for rows in (key, value)]
+        for rows in ((key, value), (key, value), wide):
+            forward(layer, query, *rows, *rest)
+        return forward(layer, query, *wide, *rest)
 
-    monkeypatch.setattr(served.attention, "forward", three_layers)
+    monkeypatch.setattr(served.attention, "forward", layers)
     for chunks, ops in (
         ([100, 60], ["append", "append", "seal", "write_sink"]),
         ([1, 40], ["append", "append", "seal", "write_sink"]),
         ([1, 1], ["append", "seal"]),
     ):
         served.step(chunks)
-        assert sorted(prepared) == ops
+        assert sorted(prepared) == sorted(2 * ops)
         prepared.clear()
 
 

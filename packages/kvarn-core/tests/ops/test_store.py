@@ -330,6 +330,6 @@ def test_an_op_that_is_none_is_refused() -> None:
     paging = allocate(SMALL, [1])
     where = (torch.tensor(x, dtype=torch.int32) for x in ([1], [0, 1]))
     with pytest.raises(
-        ValueError, match=r"^There is no op 'apend'\. Choose one of write_sink, seal"
+        ValueError, match=r"^There is no op 'write'\. Choose one of write_sink, seal"
     ):
-        prepare("apend", key, value, paging.cache, paging.page_table, *where, layout=SMALL)
+        prepare("write", key, value, paging.cache, paging.page_table, *where, layout=SMALL)
