@@ -78,8 +78,8 @@ class Bench:
             job = jobs[arm]
             rate = job.nbytes / sorted(samples)[len(samples) // 2] / 1000  # GB/s
             host = host_microseconds(job.calls)
-            facts = {**context, "bytes": job.nbytes, "gb_per_s": rate, "calls": len(job.calls)}
-            facts["host_us"] = host
+            facts = {**context, "bytes": job.nbytes, "gb_per_s": rate, "host_us": host}
+            facts["calls"] = len(job.calls)
             if read:
                 facts["share_of_read"] = rate / read
             median = self.document.add(name, arm, "us", samples, facts)

@@ -37,6 +37,7 @@ if TYPE_CHECKING:
     Reference = Callable[[], dict[str, Any]]
 
 READY_SECONDS = 1800.0
+LOADS = "loads.json"  # of an arm's completed scenarios
 _SERVED: dict[str, Any] = {"tasks": [], "loads": [], "pool": None, "startup_seconds": None}
 
 
@@ -186,13 +187,15 @@ def observe(
     label = f"{profile} {arm}"
     writes = FIDELITY in parts and setup.suite.traces is not None
     asks = (ACCURACY in parts and setup.suite.tasks) or CAPACITY in parts or THROUGHPUT in parts
+    begun = earlier(setup, profile, arm, LOADS) if reuse else None
+    loads = begun["loads"] if begun else []
     if asks or (writes and reference is None):
         began = time.monotonic()
         config = setup.server(model, setup.options(arm))
         with serve(config, folder / "server.log", lambda line: progress(label, 0, 1)) as server:
             if setup.at_once == 1:
                 found["startup_seconds"] = time.monotonic() - began
-            found |= _ask(setup, parts, arm, server, checked, reference, label, progress, reuse)
+            found |= _ask(setup, parts, arm, server, checked, reference, label, progress, loads)
             if writes and reference is None and setup.suite.traces is not None:
                 progress(f"{label}, writing texts", 0, 1)
                 texts = traces.write_traces(server, setup.suite.traces, setup.suite.concurrency)
@@ -204,12 +207,10 @@ def observe(
     return keep(setup, profile, arm, found)
 
 
-def keep(setup: Setup, profile: str, arm: str, found: dict[str, Any]) -> dict[str, Any]:
+def keep(
+    setup: Setup, profile: str, arm: str, found: dict[str, Any], name: str = "arm.json"
+) -> dict[str, Any]:
     """Write what was found, and what it depends on, for `earlier`."""
-    return _keep("arm.json", setup, profile, arm, found)
-
-
-def _keep(name: str, setup: Setup, profile: str, arm: str, found: dict[str, Any]) -> dict[str, Any]:
     found = {"plan": setup.plan(profile, arm), **found}
     folder = setup.folder(profile, arm)
     folder.mkdir(exist_ok=True)
@@ -217,7 +218,7 @@ def _keep(name: str, setup: Setup, profile: str, arm: str, found: dict[str, Any]
     return found
 
 
-def earlier(setup: Setup, profile: str, arm: str) -> dict[str, Any] | None:
+def earlier(setup: Setup, profile: str, arm: str, name: str = "arm.json") -> dict[str, Any] | None:
     """What an earlier run found for an arm, or None if there is none.
 
     Raises
@@ -225,10 +226,6 @@ def earlier(setup: Setup, profile: str, arm: str) -> dict[str, Any] | None:
     ValueError
         If it was made from another suite, checkpoint or machine.
     """
-    return _kept("arm.json", setup, profile, arm)
-
-
-def _kept(name: str, setup: Setup, profile: str, arm: str) -> dict[str, Any] | None:
     file = setup.folder(profile, arm) / name
     if not file.exists():
         return None
@@ -250,9 +247,9 @@ def _ask(
     reference: Reference | None,
     label: str,
     progress: Progress,
-    reuse: bool,
+    loads: list[dict[str, Any]],
 ) -> dict[str, Any]:
-    """Tasks, capacity and throughput of a running server."""
+    """Tasks, capacity and throughput of a running server; `loads` were measured before."""
     suite, folder = setup.suite, server.log.parent
     answered: list[Scores] = []
     if ACCURACY in parts:
@@ -264,11 +261,8 @@ def _ask(
 
         answered = run_tasks(suite, checked, server, setup.tokenizer, where, done, setup.lm)
     pool = Pool.from_metrics(server.metrics())
-    loads: list[dict[str, Any]] = []
     if THROUGHPUT in parts:
         source = PromptSource(setup.tokenizer)
-        begun = _kept("loads.json", setup, "plain", arm) if reuse else None
-        loads = begun["loads"] if begun else []
         measured = {load["scenario"] for load in loads}
         with load_generator(folder / "bench.log", setup.bench) as generator:
             for scenario in suite.scenarios:
@@ -285,7 +279,7 @@ def _ask(
                     lambda name: progress(f"{label}, {name}", 0, 1),
                     generator,
                 )
-                _keep("loads.json", setup, "plain", arm, {"loads": loads})
+                keep(setup, "plain", arm, {"loads": loads}, LOADS)
     return {
         "tasks": [scores.to_json() for scores in answered],
         "pool": asdict(pool) if CAPACITY in parts or THROUGHPUT in parts else None,

@@ -39,6 +39,8 @@ class Launches:
         For all rows.
     append, decode : callable
         For the rows with one new token.
+    decodes : slice
+        Where those are.
     prefills : tuple of callable, optional
         `write_sink` and `append` for the others, if there are any.
     """
@@ -46,6 +48,7 @@ class Launches:
     seal: Write
     append: Write
     decode: Decode
+    decodes: slice
     prefills: tuple[Write, Write] | None
 
 
@@ -101,7 +104,7 @@ class Batched:
         if launches is None:
             launches = self._prepare(query, key, value, cache, step, output)
             step.launches[kind] = launches
-        decodes = slice(0, step.num_decodes if step.prefill else len(step.seq_lens))
+        decodes = launches.decodes
         if step.prefill is None or launches.prefills is None:
             with beside(lambda: launches.seal(key, value, cache, layer), query.device):
                 launches.append(key, value, cache)
@@ -141,19 +144,20 @@ class Batched:
             )  # fmt: skip
 
         longest = step.max_query_len
-        decodes = step.decodes if step.prefill else step.everything
-        count = len(decodes[1])
-        scratch, lse = self.workspace.decode(max(count, 1))
+        requests = step.decodes if step.prefill else step.everything
+        decodes = slice(0, len(requests[1]))
+        scratch, lse = self.workspace.decode(max(decodes.stop, 1))
         sink_and_ring = None
         if step.prefill:
             prefills = step.prefills, longest
             sink_and_ring = write("write_sink", *prefills), write("append", *prefills)
         return Launches(
             seal=write("seal", step.everything, longest),
-            append=write("append", decodes, 1 if step.prefill else longest),
+            append=write("append", requests, 1 if step.prefill else longest),
             decode=decode.prepare(
-                query[:count], cache, *decodes[:2], layout=self.layout, sm_scale=self.scale,
-                out=output[:count], lse=lse, workspace=scratch, engine=self.engine,
+                query[decodes], cache, *requests[:2], layout=self.layout, sm_scale=self.scale,
+                out=output[decodes], lse=lse, workspace=scratch, engine=self.engine,
             ),
+            decodes=decodes,
             prefills=sink_and_ring,
         )  # fmt: skip

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from kvarn_core.layout import RecordLayout
 
     Options = dict[str, Any]
-    Write = Callable[..., None]
+    Write = Callable[..., None]  # key, value, cache, layer=0
 
 KERNELS = ("triton", "cuda")
 OPS = ("write_sink", "seal", "append")
