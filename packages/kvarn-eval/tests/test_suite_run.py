@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import shutil
 import signal
 import subprocess
 import sys
@@ -48,6 +49,16 @@ def test_a_suite_runs_from_end_to_end(tmp_path: Path) -> None:
     assert run.value("kvarn", "chat.rate-8.output_throughput") > 0
     raw = next(m.raw for m in run.measurements if m.raw and m.arm == "kvarn")
     assert (tmp_path / raw).exists()
+
+
+def test_a_result_names_no_folder_of_the_machine(tmp_path: Path) -> None:
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    shutil.copy(SMALL_MODEL / "tokenizer.json", elsewhere)
+    one = dataclasses.replace(setup(tmp_path, parts=("capacity",)), tokenizer=elsewhere)
+    run = run_suite(one, quiet)
+    assert "elsewhere" in run.arms["kvarn"].options
+    assert str(tmp_path) not in run.model_dump_json()
 
 
 def test_an_interrupted_suite_goes_on_and_is_not_green_before(tmp_path: Path) -> None:

@@ -302,7 +302,12 @@ def describe_run(suite: str, suite_sha256: str, model: Model) -> dict[str, objec
 def portable_command(words: list[str] | None = None) -> list[str]:
     """A command, by default that of this process, without the folders of one machine."""
     first, *rest = words or sys.argv
-    return [Path(first).name, *(Path(w).name if Path(w).is_absolute() else w for w in rest)]
+    return [Path(first).name, *portable(rest)]
+
+
+def portable(words: Iterable[str]) -> list[str]:
+    """Words of a command without the folders of one machine."""
+    return [Path(word).name if Path(word).is_absolute() else word for word in words]
 
 
 def _output(*command: str) -> str | None:

@@ -24,6 +24,7 @@ from kvarn_eval.schema import (
     describe_run,
     find_gpus,
     measure,
+    portable,
 )
 from kvarn_eval.suite import command_line
 from kvarn_eval.suite_arm import Setup, head_dim
@@ -141,7 +142,7 @@ def assemble(
     described = {
         arm: Arm(
             kv_cache_dtype=suite.arms[arm].kv_cache_dtype,
-            options=list(command_line(setup.options(arm))),
+            options=portable(command_line(setup.options(arm))),
         )
         for arm in suite.arms
         if arm in arms and any(m.arm == arm for m in measured)
