@@ -137,6 +137,36 @@ def test_quality_may_be_that_of_another_model(tmp_path: Path) -> None:
     assert "not in both: fp8" in text
 
 
+def test_arms_of_another_model_are_found_by_their_cache() -> None:
+    small = make(quality("fp16", "turboquant", "kvarn"))
+
+    def renamed(**names: str) -> Run:
+        """Arms and measurements of `small` under other names, the cache of the last twice."""
+        arms = {names.get(old, old): arm for old, arm in small.arms.items()}
+        arms["paper"] = ARMS["kvarn"]
+        measured = [
+            m.model_copy(update={"arm": names.get(m.arm, m.arm)}) for m in small.measurements
+        ]
+        return small.model_copy(update={"arms": arms, "measurements": measured})
+
+    large = make(speed(*ARMS))
+    found = {p.arm: p.quality.median for p in points([large], renamed(turboquant="4bit_nc"))[2]}
+    assert found == {"fp16": 0.98, "turboquant": 0.91, "kvarn": 0.975}
+    shown = {p.arm for p in points([large], renamed(kvarn="k4v2"))[2]}
+    assert shown == {"fp16", "turboquant"}, "two arms have this cache, neither is known to be it"
+
+
+def test_the_profile_may_be_chosen() -> None:
+    outliers = [measure("large.accuracy", arm, Unit.SHARE, 0.5) for arm in ("fp16", "kvarn")]
+    run = make(quality("fp16", "kvarn") + outliers + speed(*ARMS))
+    for profile, right in ((None, 0.975), ("plain", 0.975), ("large", 0.5)):
+        name, _, found = points([run], profile=profile)
+        assert name == f"{profile or 'plain'}.accuracy"
+        assert found[-1].quality.median == right
+    with pytest.raises(ValueError, match="No accuracy on profile tiny"):
+        points([run], profile="tiny")
+
+
 def test_the_report_takes_a_second_result(tmp_path: Path) -> None:
     files = {"one": make(quality("fp16", "kvarn")), "two": make(speed(*ARMS))}
     files["three"] = other_gpu(files["two"])

@@ -210,6 +210,9 @@ def report(
         Path | None,
         typer.Option(help="Result of another model, whose quality pareto.svg shows.", exists=True),
     ] = None,
+    profile: Annotated[
+        str | None, typer.Option(help="Outlier profile whose accuracy pareto.svg shows.")
+    ] = None,
     out: Annotated[Path | None, typer.Option(help="Folder; that of the result by default.")] = None,
     as_json: JsonOption = False,
 ) -> None:
@@ -224,7 +227,7 @@ def report(
     run, folder = runs[0], out or result.parent
     folder.mkdir(parents=True, exist_ok=True)
     try:
-        files = reports.render(run, folder, runs[1:], other_model)
+        files = reports.render(run, folder, runs[1:], other_model, profile)
     except ValueError as error:
         fail_usage(str(error))
     if as_json:

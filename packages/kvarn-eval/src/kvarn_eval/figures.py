@@ -28,10 +28,17 @@ STYLE: dict[str, Any] = {
     "axes.spines.right": False,
     "figure.constrained_layout.use": True,
 }
+COLOURS = 10  # of lines, before they repeat
 BASELINE = "flash-fp16"  # arm that kernel times are relative to
 
 
-def draw(run: Run, out: Path, others: Sequence[Run] = (), answers: Run | None = None) -> list[Path]:
+def draw(
+    run: Run,
+    out: Path,
+    others: Sequence[Run] = (),
+    answers: Run | None = None,
+    profile: str | None = None,
+) -> list[Path]:
     """Draw every figure that the measurements of a run allow.
 
     Parameters
@@ -44,6 +51,8 @@ def draw(run: Run, out: Path, others: Sequence[Run] = (), answers: Run | None = 
         Runs of the same machine and model that complete the figure of quality against speed.
     answers : Run, optional
         Run of another model that this figure takes quality from.
+    profile : str, optional
+        Whose accuracy it shows.
 
     Returns
     -------
@@ -53,20 +62,19 @@ def draw(run: Run, out: Path, others: Sequence[Run] = (), answers: Run | None = 
     Raises
     ------
     ValueError
-        If `others` are of another machine or model.
+        If `others` are of another machine or model, or no accuracy on `profile` was measured.
     """
     check_one_machine([run, *others])
     figures = []
     with mpl.rc_context(STYLE):
-        for profile in _profiles(run):
-            figures.append(_draw_curve(run, profile, out))
+        figures += [_draw_curve(run, subject, out) for subject in _profiles(run)]
         if any(m.name == "tokens_per_gib" for m in run.measurements):
             figures.append(_draw_capacity(run, out))
         if kernels := _kernels(run):
             figures.append(_draw_times(kernels, out))
             figures.append(_draw_bandwidth(kernels, out))
         for name, drawn in (
-            ("pareto", draw_pareto([run, *others], answers)),
+            ("pareto", draw_pareto([run, *others], answers, profile)),
             ("itl_context", draw_itl(run)),
         ):
             if drawn is not None:
@@ -75,7 +83,7 @@ def draw(run: Run, out: Path, others: Sequence[Run] = (), answers: Run | None = 
 
 
 def _profiles(run: Run) -> list[str]:
-    """Subjects with something to draw: zero has no place on a logarithmic axis."""
+    """Subjects with something to draw."""
     found = (m.context["profile"] for m in run.measurements if "from" in m.context and m.median > 0)
     return [str(profile) for profile in dict.fromkeys(found)]
 
@@ -95,9 +103,11 @@ def _draw_curve(run: Run, profile: str, out: Path) -> Path:
             for m in run.measurements
             if m.arm == arm and m.context.get("profile") == profile and "from" in m.context
         ]
+        points = [m for m in points if m.median > 0]  # zero has no place on a logarithmic axis
         middle = [(float(m.context["from"] or 0) + float(m.context["to"] or 0)) / 2 for m in points]
-        if any(m.median > 0 for m in points):
-            axes.plot(middle, [m.median for m in points], marker="o", markersize=3, label=arm)
+        if points:
+            line = "-" if len(axes.lines) < COLOURS else "--"
+            axes.plot(middle, [m.median for m in points], line, marker="o", markersize=3, label=arm)
     axes.set_yscale("log")
     axes.set_xlabel("position in the text (tokens)")
     axes.set_ylabel("mean KLD to the fp16 cache (nats)")
@@ -168,9 +178,8 @@ def _bars(
             y += 1
         y += 1
     axes.set_yticks(ticks, [name.removeprefix("decode.") for name in kernels])
+    axes.margins(y=0.01)
     axes.invert_yaxis()
     handles = [plt.Rectangle((0, 0), 1, 1, color=f"C{i}") for i in range(len(arms))]
-    axes.legend(
-        handles, arms, fontsize=7, frameon=False, loc="center left", bbox_to_anchor=(1, 0.5)
-    )
+    axes.legend(handles, arms, fontsize=7, frameon=False, loc="upper left", bbox_to_anchor=(1, 1))
     return figure, axes

@@ -63,7 +63,9 @@ def check_one_machine(runs: Sequence[Run]) -> None:
             )
 
 
-def points(runs: Sequence[Run], answers: Run | None = None) -> tuple[str, str, list[Point]]:
+def points(
+    runs: Sequence[Run], answers: Run | None = None, profile: str | None = None
+) -> tuple[str, str, list[Point]]:
     """What the figure of quality against speed shows.
 
     Parameters
@@ -71,7 +73,10 @@ def points(runs: Sequence[Run], answers: Run | None = None) -> tuple[str, str, l
     runs : sequence of Run
         Of one machine and model.
     answers : Run, optional
-        Of any machine and model, with arms of the same names; quality is taken from here alone.
+        Of any machine and model; quality is taken from here alone. Its arms are those of the same
+        names, or else the only ones with the same cache.
+    profile : str, optional
+        Whose accuracy counts; the first that most arms have by default.
 
     Returns
     -------
@@ -79,6 +84,11 @@ def points(runs: Sequence[Run], answers: Run | None = None) -> tuple[str, str, l
         Names of the measurements; empty if the runs lack one.
     points : list of Point
         Arms that have both, the reference among them; none if there is no reference.
+
+    Raises
+    ------
+    ValueError
+        If no accuracy on `profile` was measured.
     """
     everything = [m for run in runs for m in run.measurements]
     reference = next(
@@ -86,7 +96,14 @@ def points(runs: Sequence[Run], answers: Run | None = None) -> tuple[str, str, l
          if arm.kv_cache_dtype == "auto" and arm.method is None), None,
     )  # fmt: skip
     asked = everything if answers is None else answers.measurements
-    qualities = _by_arm(asked, [m.name for m in asked if is_pooled(m)])
+    pooled = [m.name for m in asked if is_pooled(m)]
+    if profile is not None:
+        pooled = [name for name in pooled if name.startswith(f"{profile}.")]
+        if not pooled:
+            raise ValueError(f"No accuracy on profile {profile} was measured.")
+    qualities = _by_arm(asked, pooled)
+    if answers is not None:
+        qualities = _of_the_same_caches(qualities, runs, answers)
     speeds = _by_arm(everything, _speeds(everything))
     sizes = _by_arm(everything, SIZES)
     names = [next(iter(found.values())).name if found else "" for found in (qualities, speeds)]
@@ -109,12 +126,30 @@ def is_pooled(measurement: Measurement) -> bool:
     return is_accuracy(measurement) and not family_of(measurement)
 
 
-def draw_pareto(runs: Sequence[Run], answers: Run | None = None) -> Any | None:
+def _of_the_same_caches(
+    qualities: dict[str, Measurement], runs: Sequence[Run], answers: Run
+) -> dict[str, Measurement]:
+    """Quality that another run measured, by the names that arms have in `runs`."""
+    found = {}
+    for name, arm in ((name, arm) for run in runs for name, arm in run.arms.items()):
+        same = [
+            other for other, theirs in answers.arms.items()
+            if theirs.method is None and theirs.kv_cache_dtype == arm.kv_cache_dtype
+        ]  # fmt: skip
+        theirs = name if name in answers.arms or len(same) != 1 else same[0]
+        if theirs in qualities:
+            found[name] = qualities[theirs]
+    return found
+
+
+def draw_pareto(
+    runs: Sequence[Run], answers: Run | None = None, profile: str | None = None
+) -> Any | None:
     """Accuracy with its interval over speed, marker area by capacity; None without two arms.
 
     Parameters are those of `points`.
     """
-    quality, speed, shown = points(runs, answers)
+    quality, speed, shown = points(runs, answers, profile)
     if len(shown) < 2:
         return None
     figure, axes = plt.subplots(figsize=(6.4, 4.0))
@@ -130,6 +165,7 @@ def draw_pareto(runs: Sequence[Run], answers: Run | None = None) -> Any | None:
     axes.axvline(1, color="0.7", linewidth=0.8, linestyle=":", zorder=0)
     axes.margins(x=0.25, y=0.3)
     axes.set_ylim(top=min(axes.get_ylim()[1], 101))
+    axes.set_xlim(left=max(axes.get_xlim()[0], 0))
     axes.set_xlabel(f"{label(speed)}, over the fp16 cache (marker area: tokens that fit)")
     whose = f" of {Path(answers.model.name).name}" if answers else ""
     axes.set_ylabel(f"{label(quality)}{whose}, % (95 % interval)")

@@ -48,7 +48,11 @@ MANY_NAMES = 16  # from here on too
 
 
 def render(
-    run: Run, out: Path, others: Sequence[Run] = (), answers: Run | None = None
+    run: Run,
+    out: Path,
+    others: Sequence[Run] = (),
+    answers: Run | None = None,
+    profile: str | None = None,
 ) -> list[Path]:
     """Write `report.md` and the figures of a run.
 
@@ -58,7 +62,7 @@ def render(
         What to render.
     out : Path
         Existing folder; files of the same name are replaced.
-    others, answers
+    others, answers, profile
         As in `figures.draw`.
 
     Returns
@@ -68,7 +72,7 @@ def render(
     """
     from kvarn_eval.figures import draw  # matplotlib, which a machine that only measures may lack
 
-    figures = draw(run, out, others, answers)
+    figures = draw(run, out, others, answers, profile)
     report = out / "report.md"
     report.write_text(markdown(run, [figure.name for figure in figures]), encoding="utf-8")
     return [report, *figures]
