@@ -136,7 +136,7 @@ def test_other_gpus_refuse_cuda(capability: None) -> None:
 
 
 def test_the_cpu_refuses_cuda() -> None:
-    with pytest.raises(RuntimeError, match=r"need a GPU of compute capability 9\.0\. Use the tri"):
+    with pytest.raises(RuntimeError, match=r"need a GPU of compute capability 9\.0\. Use the ref"):
         select(CPU, LAYOUT, "cuda")
 
 

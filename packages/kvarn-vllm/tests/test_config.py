@@ -218,7 +218,7 @@ FACTS = {
     "cuda-on-the-cpu": (
         {"engine": "cuda"},
         "KVarN: The cuda engine cannot run: its kernels need a GPU of compute capability 9.0. "
-        "Use the triton engine.",
+        "Use the reference engine.",
     ),
     "cuda-on-a-newer-gpu": (
         {"platform": "cuda", "capability": 100, "engine": "cuda"},

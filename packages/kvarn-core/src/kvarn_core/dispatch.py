@@ -83,7 +83,8 @@ def _select(
     for needed in dict.fromkeys((engine, wanted)):
         if obstacle := _obstacle(device, layout, needed):
             error = ValueError if layout and layout.preset.is_debug else RuntimeError
-            other = "triton" if needed == "cuda" else "reference"
+            able = needed == "cuda" and not _obstacle(device, layout, "triton")
+            other = "triton" if able else "reference"
             raise error(f"The {needed} engine cannot run: {obstacle}. Use the {other} engine.")
     return wanted
 

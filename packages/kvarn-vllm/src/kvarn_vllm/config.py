@@ -42,7 +42,8 @@ class Options:
     recipe : Recipe
         How records are filled: ``kvarn`` (default) or ``paper``.
     engine : str
-        ``auto`` (default): Triton kernels on a GPU, plain torch on the CPU.
+        ``auto`` (default): CUDA C++ where the GPU can run it, else Triton kernels; plain torch on
+        the CPU.
         ``reference``: plain torch, on any platform. ``triton``: kernels, or a refusal. ``cuda``:
         CUDA C++ where an operation has it, else Triton, or a refusal.
     balance: bool
