@@ -22,6 +22,16 @@ def suite(longest: int = 2048) -> Suite:
     return load_suite("smoke").model_copy(update=update)
 
 
+def test_a_math_answer_in_a_box_is_right() -> None:
+    from lm_eval.tasks.minerva_math.utils import process_results
+
+    [task] = [task for task in load_suite("qwen3-32b-tp2").tasks if "math500" in task.name]
+    assert task.name == "minerva_math500"
+    problem = {"solution": "So it is $\\boxed{5}$.", "answer": "5"}
+    for answer, right in (("Hence\n$$\n\\boxed{5}\n$$", 1), ("Hence $\\boxed{6}$.", 0)):
+        assert process_results(problem, [answer])[task.score] == right
+
+
 def test_a_family_becomes_items_and_a_task_file(tmp_path: Path) -> None:
     write_family(TASK, tmp_path)
     lines = (tmp_path / "recall.jsonl").read_text(encoding="utf-8").splitlines()

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import math
+
 import numpy as np
 import pytest
 
@@ -11,6 +13,7 @@ from kvarn_eval.stats import (
     non_inferiority,
     ratio_samples,
     speed_change,
+    upper_share,
 )
 
 
@@ -55,7 +58,10 @@ def test_units_must_pair(top: list[float], bottom: list[float]) -> None:
 @pytest.mark.parametrize(
     ("lost", "won", "items", "verdict"),
     [
-        (0, 0, 200, Verdict.PASS),
+        (0, 0, 300, Verdict.PASS),
+        (0, 0, 200, Verdict.INCONCLUSIVE),  # nothing lost of too few
+        (6, 0, 1024, Verdict.INCONCLUSIVE),
+        (4, 0, 1024, Verdict.PASS),
         (50, 10, 2000, Verdict.FAIL),  # 2 points lost
         (4, 3, 200, Verdict.INCONCLUSIVE),  # half a point lost on too few items
         (10, 10, 2000, Verdict.PASS),
@@ -67,6 +73,26 @@ def test_non_inferiority_at_a_margin_of_one_point(
 ) -> None:
     differences = [-1.0] * lost + [1.0] * won + [0.0] * (items - lost - won)
     assert non_inferiority(differences, 0.01).verdict is verdict
+
+
+@pytest.mark.parametrize(
+    ("count", "total", "bound"),  # by the beta distribution
+    [(0, 200, 1 - 0.05 ** (1 / 200)), (1, 10, 0.39416), (5, 5, 1.0), (24, 1024, 0.03280)],
+)
+def test_the_exact_bound_of_a_share(count: int, total: int, bound: float) -> None:
+    assert upper_share(count, total) == pytest.approx(bound, abs=1e-5)
+
+
+def test_a_gate_passes_a_loss_of_the_margin_once_in_twenty() -> None:
+    margin, items = 0.01, 1024
+    passing = [
+        lost for lost in range(30)
+        if non_inferiority([-1.0] * lost + [0.0] * (items - lost), margin).verdict is Verdict.PASS
+    ]  # fmt: skip
+    chance = sum(
+        math.comb(items, lost) * margin**lost * (1 - margin) ** (items - lost) for lost in passing
+    )
+    assert 0.01 < chance <= 0.05
 
 
 @pytest.mark.parametrize(

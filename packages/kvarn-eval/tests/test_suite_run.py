@@ -20,7 +20,7 @@ from kvarn_eval.schema import Model, Run, Unit, Verdict, describe_run, measure
 from kvarn_eval.small_model import SMALL_MODEL
 from kvarn_eval.suite import Limit, load_suite
 from kvarn_eval.suite_arm import Setup, earlier, observe
-from kvarn_eval.suite_run import assemble, limit_gate, run_suite
+from kvarn_eval.suite_run import assemble, limit_gate, limit_gates, run_suite
 
 if TYPE_CHECKING:
     from kvarn_eval.schema import Measurement
@@ -99,6 +99,40 @@ def test_an_interrupted_arm_goes_on_at_the_next_scenario(
     assert list(dict.fromkeys(load["scenario"] for load in found["loads"])) == names
     observe(*first)
     assert sent[4:] == names, "nothing is taken unasked"
+
+
+def test_figures_of_another_model_or_other_items_are_not_taken(tmp_path: Path) -> None:
+    one = setup(tmp_path)
+    observe(one, "plain", "fp16", SMALL_MODEL, {}, None, quiet)
+    other = tmp_path / "other"
+    other.mkdir()
+    (other / "config.json").write_text("{}")
+    for changed in ({"model": other}, {"items_sha256": {"recall": "1"}}):
+        with pytest.raises(ValueError, match="another suite, checkpoint or machine"):
+            earlier(dataclasses.replace(one, **changed), "plain", "fp16")
+
+
+def test_a_fresh_run_forgets_the_last_one(tmp_path: Path) -> None:
+    assert run_suite(setup(tmp_path), quiet).verdict is Verdict.PASS
+    broken = setup(tmp_path, serve=(sys.executable, "-c", "raise SystemExit(1)"))
+    with pytest.raises(RuntimeError):
+        run_suite(broken, quiet)
+    assert not (tmp_path / "result.json").exists()
+    with pytest.raises(RuntimeError):
+        run_suite(broken, quiet, reuse=True)
+
+
+def test_a_result_says_at_which_commits_its_arms_were_measured(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("KVARN_COMMIT", "a" * 40)
+    assert run_suite(setup(tmp_path), quiet).commits == {}
+    (tmp_path / "plain-kvarn" / "arm.json").unlink()
+    monkeypatch.setenv("KVARN_COMMIT", "b" * 40)
+    assert run_suite(setup(tmp_path), quiet, reuse=True).commits == {
+        "fp16": ["a" * 40],
+        "kvarn": ["a" * 40, "b" * 40],  # its loads were there already
+    }
 
 
 def test_a_loss_on_any_profile_fails(tmp_path: Path) -> None:
@@ -216,6 +250,21 @@ def test_a_load_during_which_the_gpu_slowed_down_decides_nothing(
     assert run.verdict is Verdict.INCONCLUSIVE
     gate = next(g for g in run.gates if ".steady." in g.name)
     assert gate.reason == "the GPU slowed down for 0.0025 s"
+
+
+def test_a_limit_on_a_load_that_was_slowed_down_decides_nothing() -> None:
+    limit = Limit(quantity="chat.speed", arm="kvarn", over="fp16", at_least=2.0)
+    suite = load_suite("smoke").model_copy(update={"limits": (limit,)})
+    measured = [
+        measure("chat.speed", arm, Unit.TOKENS_PER_SECOND, x)
+        for arm, x in (("kvarn", 1.0), ("fp16", 1.0))
+    ]
+    for slow, verdict in (
+        ((), Verdict.FAIL),
+        ({("kvarn", "burst")}, Verdict.FAIL),
+        ({("fp16", "chat")}, Verdict.INCONCLUSIVE),
+    ):
+        assert [g.verdict for g in limit_gates(suite, measured, slow)] == [verdict]
 
 
 def value(arm: str, number: float) -> Measurement:

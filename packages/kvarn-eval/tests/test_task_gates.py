@@ -1,10 +1,16 @@
 from __future__ import annotations
 
+import json
+from typing import TYPE_CHECKING
+
 import pytest
 
 from kvarn_eval.lm_tasks import Scores
 from kvarn_eval.schema import Verdict
-from kvarn_eval.task_gates import compare, measurements, validity
+from kvarn_eval.task_gates import ANSWERS, compare, floors, measurements, save_answers, validity
+
+if TYPE_CHECKING:
+    from pathlib import Path
 
 
 def scores(right: int, items: int = 2000, task: str = "recall", prompt: int = 400) -> Scores:
@@ -22,7 +28,7 @@ def scores(right: int, items: int = 2000, task: str = "recall", prompt: int = 40
     ],
 )
 def test_lost_answers_decide(right: int, items: int, verdict: Verdict) -> None:
-    gate = compare(
+    gate, _ = compare(
         "plain", ("fp16", [scores(items, items)]), ("kvarn", [scores(right, items)]), 0.01,
         required=True,
     )  # fmt: skip
@@ -32,8 +38,40 @@ def test_lost_answers_decide(right: int, items: int, verdict: Verdict) -> None:
 
 def test_items_are_paired_by_name_and_not_by_order() -> None:
     mixed = Scores("recall", dict(reversed(scores(1000).scores.items())), [400] * 2000, 100, 0, [])
-    gate = compare("plain", ("a", [scores(1000)]), ("b", [mixed]), 0.01, required=True)
+    gate, _ = compare("plain", ("a", [scores(1000)]), ("b", [mixed]), 0.01, required=True)
     assert "0 lost, 0 won" in gate.reason
+
+
+def test_a_small_task_cannot_hide_in_the_pool() -> None:
+    whole = [scores(2000), scores(30, 30, "hard")]
+    lossy = [scores(2000), scores(24, 30, "hard")]
+    gates = compare("plain", ("fp16", whole), ("kvarn", lossy), 0.01, required=True)
+    assert {gate.name: gate.verdict for gate in gates} == {
+        "plain.accuracy.kvarn": Verdict.PASS,
+        "plain.accuracy.recall.kvarn": Verdict.PASS,
+        "plain.accuracy.hard.kvarn": Verdict.FAIL,
+    }
+    assert all(gate.required for gate in gates)
+
+
+def test_a_task_that_the_reference_fails_says_nothing() -> None:
+    found, least = [scores(2000), scores(9, 20, "hard")], {"recall": 0.5, "hard": 0.5}
+    gates = floors("plain", "fp16", found, least)
+    assert [gate.verdict for gate in gates] == [Verdict.PASS, Verdict.FAIL]
+    assert gates[1].name == "plain.accuracy.hard.fp16"
+
+
+def test_answers_are_kept_for_later_comparisons(tmp_path: Path) -> None:
+    twice = Scores("hard", {"a": [1.0, 0.0]}, [400], generated=9, truncated=0, raw=[])
+    save_answers(tmp_path, [scores(1, 2), twice])
+    lines = (tmp_path / ANSWERS).read_text(encoding="utf-8").splitlines()
+    assert [tuple(json.loads(line).values()) for line in lines] == [
+        ("recall", "recall-0", 1.0),
+        ("recall", "recall-1", 0.0),
+        ("hard", "a", 0.5),
+    ]
+    found = measurements("kvarn", "plain", [scores(1, 2), twice], 256, "plain-kvarn")
+    assert {m.raw for m in found if "accuracy" in m.name} == {f"plain-kvarn/{ANSWERS}"}
 
 
 def test_different_items_cannot_be_paired() -> None:

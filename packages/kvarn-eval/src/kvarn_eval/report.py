@@ -113,7 +113,7 @@ def markdown(run: Run, figures: list[str]) -> str:
 
 
 _ENVIRONMENT = {
-    "run_id", "started", "seconds", "suite_sha256", "git", "environment", "model", "arms"
+    "run_id", "started", "seconds", "suite_sha256", "git", "environment", "model", "arms", "commits"
 }  # fmt: skip
 
 

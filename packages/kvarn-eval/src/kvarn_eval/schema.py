@@ -173,7 +173,10 @@ class Gate(Strict):
 
 
 class Run(Strict):
-    """One evaluation: what ran where, what came out, and the verdict."""
+    """One evaluation: what ran where, what came out, and the verdict.
+
+    `commits` names those of arms that were measured at others than `git`, in earlier runs.
+    """
 
     schema_version: Literal[1] = 1
     run_id: str
@@ -186,6 +189,7 @@ class Run(Strict):
     environment: Environment
     model: Model
     arms: dict[str, Arm]
+    commits: dict[str, list[str]] = {}
     measurements: list[Measurement]
     gates: list[Gate]
 
@@ -306,8 +310,15 @@ def portable_command(words: list[str] | None = None) -> list[str]:
 
 
 def portable(words: Iterable[str]) -> list[str]:
-    """Words of a command without the folders of one machine."""
-    return [Path(word).name if Path(word).is_absolute() else word for word in words]
+    """Words of a command, also such as ``name=value``, without the folders of one machine."""
+    return [_portable(word) for word in words]
+
+
+def _portable(word: str) -> str:
+    if Path(word).is_absolute():
+        return Path(word).name
+    name, sign, value = word.partition("=")
+    return name + sign + _portable(value) if sign else word
 
 
 def _output(*command: str) -> str | None:
@@ -328,13 +339,18 @@ def git_state() -> Git:
     return Git(sha=sha, dirty=bool(changes))
 
 
-def _environment() -> Environment:
-    installed = {}
+def installed() -> dict[str, str]:
+    """Versions of the packages that a result depends on, of those that are installed."""
+    found = {}
     for name in PACKAGES:
         try:
-            installed[name] = metadata.version(name)
+            found[name] = metadata.version(name)
         except metadata.PackageNotFoundError:
             continue
+    return found
+
+
+def _environment() -> Environment:
     return Environment(
         cpu=_cpu_name(),
         cores=len(os.sched_getaffinity(0))
@@ -342,7 +358,7 @@ def _environment() -> Environment:
         else os.cpu_count() or 1,
         gpus=find_gpus(),
         python=platform.python_version(),
-        packages=installed,
+        packages=installed(),
     )
 
 

@@ -92,13 +92,13 @@ class NonInferiority:
 
 
 def non_inferiority(
-    differences: Sequence[float], margin: float, strata: Sequence[object] | None = None
+    differences: list[float], margin: float, strata: Sequence[object] | None = None
 ) -> NonInferiority:
     """Test that scores do not fall by `margin` or more.
 
     Parameters
     ----------
-    differences : sequence of float
+    differences : list of float
         Score of the tested arm minus score of the reference, one per item.
     margin : float
         Largest acceptable loss, positive.
@@ -110,15 +110,39 @@ def non_inferiority(
     NonInferiority
         Pass if the one-sided 95 % bound lies above -margin, fail if the mean does not, otherwise
         inconclusive.
+
+    Notes
+    -----
+    Resampling a handful of lost items, or none, does not show how many more a population may hold.
+    Where every item is right or wrong, the bound is therefore no higher than the one with the exact
+    (Clopper-Pearson) bound of the share of lost items.
     """
     samples = ratio_samples(differences, [1.0] * len(differences), strata)
     mean, bound = float(np.mean(differences)), float(np.quantile(samples, 0.05))
+    if set(differences) <= {-1, 0, 1}:
+        count, lost, won = len(differences), differences.count(-1), differences.count(1)
+        bound = min(bound, won / count - upper_share(lost, count))
     verdict = Verdict.INCONCLUSIVE
     if mean <= -margin:
         verdict = Verdict.FAIL
     elif bound > -margin:
         verdict = Verdict.PASS
     return NonInferiority(mean, bound, verdict)
+
+
+def upper_share(count: int, total: int, level: float = 0.95) -> float:
+    """One-sided exact (Clopper-Pearson) bound of a share, after `count` of `total` were seen."""
+    if count == total:
+        return 1.0
+    seen = np.arange(count + 1)
+    ways = np.array([math.lgamma(n + 1) for n in range(total + 1)])
+    ways = ways[total] - ways[seen] - ways[total - seen]
+    low, high = count / total, 1.0
+    while high - low > 1e-9:
+        share = (low + high) / 2
+        chance = np.exp(ways + seen * np.log(share) + (total - seen) * np.log1p(-share)).sum()
+        low, high = (share, high) if chance > 1 - level else (low, share)
+    return high
 
 
 @dataclass(frozen=True)

@@ -55,7 +55,8 @@ class Task(Strict):
 
     `source` says where items come from: the families of the small model, or a task that lm-eval
     knows. `spans` are ranges of items, all by default; `seeds` are runs with sampling. A `score`
-    of ``max_length`` is named by the item, as in RULER.
+    of ``max_length`` is named by the item, as in RULER. `min_score` is the least that the reference
+    must reach, or the task says nothing about caches.
     """
 
     name: str
@@ -65,6 +66,7 @@ class Task(Strict):
     filter: str | None = None
     spans: list[tuple[int, int]] | None = None
     seeds: int = Field(1, ge=1)
+    min_score: float = Field(0.5, gt=0, le=1)
     generation: dict[str, Any] = Field(default_factory=dict)
     metadata: dict[str, Any] = Field(default_factory=dict)
     items: int = Field(0, ge=0)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -23,7 +23,7 @@ from kvarn_eval.demo import CPU_ENVIRONMENT
 from kvarn_eval.lm_tasks import CHILD, Checked, Scores, run_tasks
 from kvarn_eval.preflight import ACCURACY, CAPACITY, FIDELITY, PARTS, THROUGHPUT
 from kvarn_eval.prompts import PromptSource
-from kvarn_eval.schema import find_gpus
+from kvarn_eval.schema import find_gpus, git_state, installed
 from kvarn_eval.server import SERVE, Server, ServerConfig, serve
 from kvarn_eval.suite import command_line
 
@@ -61,6 +61,8 @@ class Setup:
         Ranks of each server.
     weights_sha256 : str or None
         Of the checkpoint; None for random weights.
+    items_sha256 : dict of str to str
+        What the tasks ask, by task; see `lm_tasks.Checked`.
     at_once : int
         Arms that are observed side by side. What takes time then takes longer, so loads are refused
         and the start is not reported.
@@ -76,6 +78,7 @@ class Setup:
     load_format: str = "auto"
     tensor_parallel: int = 1
     weights_sha256: str | None = None
+    items_sha256: dict[str, str] = field(default_factory=dict)
     at_once: int = 1
     serve: tuple[str, ...] = SERVE
     bench: tuple[str, ...] = BENCH
@@ -126,12 +129,15 @@ class Setup:
             how += map(str, suite.emulated.values())
         return {
             "questions": suite.questions_sha256,
+            "items": self.items_sha256,
+            "model": _digest(self.model / "config.json"),
             "weights": self.weights_sha256,
             "tokenizer": _digest(self.tokenizer / "tokenizer.json"),
             "profile": profile,
             "how": how,
             "parts": list(self.parts),
             "gpus": [gpu.name for gpu in find_gpus()],
+            "packages": {name: installed().get(name) for name in ("vllm", "torch")},
         }
 
 
@@ -210,8 +216,8 @@ def observe(
 def keep(
     setup: Setup, profile: str, arm: str, found: dict[str, Any], name: str = "arm.json"
 ) -> dict[str, Any]:
-    """Write what was found, and what it depends on, for `earlier`."""
-    found = {"plan": setup.plan(profile, arm), **found}
+    """Write what was found, at which commit, and what it depends on, for `earlier`."""
+    found = {"plan": setup.plan(profile, arm), "commit": git_state().sha, **found}
     folder = setup.folder(profile, arm)
     folder.mkdir(exist_ok=True)
     (folder / name).write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
@@ -236,6 +242,17 @@ def earlier(setup: Setup, profile: str, arm: str, name: str = "arm.json") -> dic
             "another folder."
         )
     return found
+
+
+def forget(setup: Setup) -> None:
+    """Remove what earlier runs left in the folder of a run and this one writes anew."""
+    for file in ("result.json", "report.md"):
+        (setup.out / file).unlink(missing_ok=True)
+    for profile in setup.suite.profiles:
+        (setup.out / f"texts-{profile}.json").unlink(missing_ok=True)
+        for arm in setup.suite.arms:
+            for name in ("arm.json", LOADS):
+                (setup.folder(profile, arm) / name).unlink(missing_ok=True)
 
 
 def _ask(
@@ -269,7 +286,7 @@ def _ask(
                 if scenario.name in measured:
                     continue
                 fitting = fits(setup, scenario, pool, reference)
-                loads += scenarios.run_scenario(
+                sent = scenarios.run_scenario(
                     scenario,
                     server,
                     source,
@@ -279,6 +296,7 @@ def _ask(
                     lambda name: progress(f"{label}, {name}", 0, 1),
                     generator,
                 )
+                loads += [{**load, "commit": git_state().sha} for load in sent]
                 keep(setup, "plain", arm, {"loads": loads}, LOADS)
     return {
         "tasks": [scores.to_json() for scores in answered],

@@ -7,6 +7,7 @@ passes only once every arm and every required limit of the suite is in it.
 from __future__ import annotations
 
 import time
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from kvarn_eval import preflight, scenarios, task_gates, traces
@@ -27,11 +28,11 @@ from kvarn_eval.schema import (
     portable,
 )
 from kvarn_eval.suite import command_line
-from kvarn_eval.suite_arm import Setup, head_dim
+from kvarn_eval.suite_arm import Setup, forget, head_dim
 from kvarn_eval.suite_jobs import EMULATED, observe_all
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Collection
 
     from kvarn_eval.suite import Limit, Suite
 
@@ -104,6 +105,9 @@ def run_suite(setup: Setup, progress: Progress, *, reuse: bool = False) -> Run:
     began = time.monotonic()
     suite = setup.suite
     checked = check_all(setup, progress)
+    setup = replace(setup, items_sha256={name: one.sha256 for name, one in checked.items()})
+    if not reuse:
+        forget(setup)
     model = Model(
         name=setup.model.name,
         weights_sha256=setup.weights_sha256,
@@ -119,6 +123,9 @@ def run_suite(setup: Setup, progress: Progress, *, reuse: bool = False) -> Run:
             emulated = [Measurement(**one) for one in figures["measurements"]]
         else:
             found[what] = figures
+            if figures["tasks"]:
+                scores = [Scores(**task) for task in figures["tasks"]]
+                task_gates.save_answers(setup.folder(*what), scores)
         run = assemble(header, setup, found, emulated, time.monotonic() - began)
         run.save(setup.out / "result.json")
     return run
@@ -151,7 +158,13 @@ def assemble(
         size = head_dim(setup.model)
         described |= {name: describe(arm, size) for name, arm in suite.emulated.items()}
     missing = [" ".join(what) for what in order if what not in found]
-    rules = [*_paired(setup, found), *_valid(found), *limit_gates(suite, measured)]
+    slow = {
+        (arm, load["scenario"])
+        for (_, arm), figures in found.items()
+        for load in figures["loads"]
+        if load.get("slowdown_us")
+    }
+    rules = [*_paired(setup, found), *_valid(found), *limit_gates(suite, measured, slow)]
     if missing:
         rules.append(_undecided("complete", missing, measured))
     return Run.model_validate(
@@ -159,10 +172,20 @@ def assemble(
             **header,
             "seconds": round(seconds, 1),
             "arms": described,
+            "commits": _commits(found, header["git"]),
             "measurements": measured,
             "gates": rules,
         }
     )
+
+
+def _commits(found: Found, git: Any) -> dict[str, list[str]]:
+    """By arm, where it was measured at others than the commit of this run."""
+    result: dict[str, set[str]] = {}
+    for (_, arm), figures in found.items():
+        of = [figures.get("commit"), *(load.get("commit") for load in figures["loads"])]
+        result.setdefault(arm, set()).update(commit for commit in of if commit)
+    return {arm: sorted(of) for arm, of in result.items() if of - {git.sha}}
 
 
 def _measure(setup: Setup, profile: str, arm: str, figures: dict[str, Any]) -> list[Measurement]:
@@ -213,16 +236,16 @@ def _paired(setup: Setup, found: Found) -> list[Gate]:
             continue
         if arm == suite.reference:
             rules.append(task_gates.validity(profile, arm, scores, setup.first_packed))
+            least = {task.name: task.min_score for task in suite.tasks}
+            rules += task_gates.floors(profile, arm, scores, least)
             continue
         reference = [Scores(**task) for task in found[profile, suite.reference]["tasks"]]
-        rules.append(
-            task_gates.compare(
-                profile,
-                (suite.reference, reference),
-                (arm, scores),
-                suite.margin,
-                required=arm == suite.tested,
-            )
+        rules += task_gates.compare(
+            profile,
+            (suite.reference, reference),
+            (arm, scores),
+            suite.margin,
+            required=arm == suite.tested,
         )
     return rules
 
@@ -261,8 +284,14 @@ def _valid(found: Found) -> list[Gate]:
     return rules
 
 
-def limit_gates(suite: Suite, measured: list[Measurement]) -> list[Gate]:
-    """The limits of a suite; one whose measurements are not there yet decides nothing."""
+def limit_gates(
+    suite: Suite, measured: list[Measurement], slow: Collection[tuple[str, str]] = ()
+) -> list[Gate]:
+    """The limits of a suite.
+
+    One whose measurements are not there yet decides nothing, and neither does one on a load of
+    `slow`, pairs of arm and scenario during which the GPU slowed down.
+    """
     by_key = {m.key: m for m in measured}
     names = [gpu.name for gpu in find_gpus()]
     rules = []
@@ -270,8 +299,14 @@ def limit_gates(suite: Suite, measured: list[Measurement]) -> list[Gate]:
         other = limit.over or limit.minus
         keys = [f"{arm}:{limit.quantity}" for arm in (limit.arm, other) if arm]
         here = limit.gpu is None or any(limit.gpu in name for name in names)
+        scenario = limit.quantity.partition(".")[0]
         if all(key in by_key for key in keys):
-            rules.append(limit_gate(limit, [by_key[key] for key in keys], here))
+            gate = limit_gate(limit, [by_key[key] for key in keys], here)
+            if {(arm, scenario) for arm in (limit.arm, other)} & set(slow):
+                reason = f"{gate.reason}; the GPU slowed down"
+                undecided = {"verdict": Verdict.INCONCLUSIVE, "reason": reason}
+                gate = gate.model_copy(update=undecided)
+            rules.append(gate)
         elif limit.required and here:
             lacking = [key for key in keys if key not in by_key]
             rules.append(_undecided(f"{limit.quantity}.{limit.arm}", lacking, measured))

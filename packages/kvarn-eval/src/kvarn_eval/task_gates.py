@@ -2,19 +2,34 @@
 
 from __future__ import annotations
 
+import json
 from typing import TYPE_CHECKING
+
+import numpy as np
 
 from kvarn_eval.lm_tasks import MIN_SHARE_READING_RECORDS
 from kvarn_eval.schema import Gate, Measurement, Unit, Verdict, measure
-from kvarn_eval.stats import mcnemar, mean_interval, non_inferiority
+from kvarn_eval.stats import mcnemar, mean_interval, non_inferiority, ratio_samples
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
+    from pathlib import Path
 
     from kvarn_eval.lm_tasks import Scores
     from kvarn_eval.schema import Scalar
 
 POOLED = "accuracy"
+ANSWERS = "answers.jsonl"  # in the folder of an arm
+
+
+def save_answers(folder: Path, found: Sequence[Scores]) -> None:
+    """Write the score of every item, averaged over seeds, for `compare` to pair."""
+    lines = [
+        json.dumps({"family": task.task, "seed": item, "right": mean})
+        for task in found
+        for item, mean in zip(task.scores, task.means, strict=True)
+    ]
+    (folder / ANSWERS).write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 
 def accuracy(
@@ -72,12 +87,11 @@ def measurements(
     result = []
     pooled = [value for task in found for value in task.means]
     strata = [task.task for task in found for _ in task.scores]
-
+    raw = f"{folder}/{ANSWERS}"
     for task in found:
-        labels, raw = [task.task] * len(task.scores), f"{folder}/{task.raw[0]}"
-        name = f"{POOLED}.{task.task}"
+        labels, name = [task.task] * len(task.scores), f"{POOLED}.{task.task}"
         result.append(accuracy(arm, profile, name, task.means, labels, raw))
-    result.append(accuracy(arm, profile, POOLED, pooled, strata))
+    result.append(accuracy(arm, profile, POOLED, pooled, strata, raw))
     for task in found:
         context: dict[str, Scalar] = {"profile": profile, "seeds": len(task.raw)}
         for name, unit, value in (
@@ -98,8 +112,11 @@ def compare(
     margin: float,
     *,
     required: bool,
-) -> Gate:
-    """Non-inferiority of pooled accuracy, items paired by identity, tasks as strata.
+) -> list[Gate]:
+    """Accuracy of an arm against the reference, items paired by identity.
+
+    Pooled over all items, tasks as strata, a loss of `margin` must be excluded. Items of a small
+    task weigh little there, so for each task a loss of more than `margin` must not be proven.
 
     Raises
     ------
@@ -122,7 +139,7 @@ def compare(
     result = non_inferiority(list(differences.values()), margin, [task for task, _ in differences])
     lost = sum(value < 0 for value in differences.values())
     won = sum(value > 0 for value in differences.values())
-    return Gate(
+    pooled = Gate(
         name=f"{profile}.{POOLED}.{tested[0]}",
         rule=f"lower 95 % bound of accuracy({tested[0]}) - accuracy({reference[0]}) > limit",
         value=result.lower_bound,
@@ -135,6 +152,54 @@ def compare(
         ),
         evidence=[f"{name}:{profile}.{POOLED}" for name in (reference[0], tested[0])],
     )
+    arms = reference[0], tested[0]
+    by_task = [
+        (task.task, [value for (name, _), value in differences.items() if name == task.task])
+        for task in tested[1]
+    ]
+    return [pooled, *(_task(profile, name, arms, of, margin, required) for name, of in by_task)]
+
+
+def _task(
+    profile: str,
+    name: str,
+    arms: tuple[str, str],
+    differences: list[float],
+    margin: float,
+    required: bool,
+) -> Gate:
+    """No loss of more than `margin` is proven on one task."""
+    samples = ratio_samples(differences, [1.0] * len(differences))
+    bound, mean = float(np.quantile(samples, 0.95)), float(np.mean(differences))
+    return Gate(
+        name=f"{profile}.{POOLED}.{name}.{arms[1]}",
+        rule=f"upper 95 % bound of accuracy({arms[1]}) - accuracy({arms[0]}) >= limit",
+        value=bound,
+        limit=-margin,
+        required=required,
+        verdict=Verdict.PASS if bound >= -margin else Verdict.FAIL,
+        reason=f"{100 * mean:+.2f} points on {len(differences)} items",
+        evidence=[f"{arm}:{profile}.{POOLED}.{name}" for arm in arms],
+    )
+
+
+def floors(profile: str, arm: str, found: Sequence[Scores], least: dict[str, float]) -> list[Gate]:
+    """The reference must solve every task, or the task says nothing about caches."""
+    rules = []
+    for task in found:
+        score = float(np.mean(task.means))
+        rules.append(
+            Gate(
+                name=f"{profile}.{POOLED}.{task.task}.{arm}",
+                rule=f"accuracy({arm}) >= limit",
+                value=score,
+                limit=least[task.task],
+                verdict=Verdict.PASS if score >= least[task.task] else Verdict.FAIL,
+                reason=f"{100 * score:.1f} % with the reference",
+                evidence=[f"{arm}:{profile}.{POOLED}.{task.task}"],
+            )
+        )
+    return rules
 
 
 def validity(profile: str, arm: str, found: Sequence[Scores], first_packed: int) -> Gate:
