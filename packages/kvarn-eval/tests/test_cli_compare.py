@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 from typer.testing import CliRunner
@@ -12,7 +13,7 @@ from typer.testing import CliRunner
 from kvarn_eval.cli import app
 
 sys.path.insert(0, str(Path(__file__).parent))
-from injected import OURS, RECORDED, scaled, write
+from injected import OURS, RECORDED, RESULTS, scaled, write
 
 CASE = "decode.b32.n16384"
 
@@ -62,6 +63,31 @@ def test_what_cannot_be_compared_is_wrong_usage(tmp_path: Path) -> None:
     assert run("compare", str(RECORDED), str(tmp_path / "x.json"))[0] == 2
     (tmp_path / "x.json").write_text("no JSON", encoding="utf-8")
     assert run("compare", str(tmp_path / "x.json"), str(RECORDED))[0] == 2
+
+
+def test_an_interrupted_run_is_refused_in_one_sentence(tmp_path: Path) -> None:
+    def part(data: dict[str, Any]) -> None:
+        gate = {
+            "name": "complete",
+            "verdict": "inconclusive",
+            "reason": "not measured: plain kvarn",
+        }
+        data["gates"] = [data["gates"][0] | gate]
+
+    file = str(write(tmp_path / "part.json", part))
+    for sides in ((file, str(RECORDED)), (str(RECORDED), file)):
+        status, _, error = run("compare", *sides)
+        assert status == 2
+        says = f"{file} is of an interrupted run (not measured: plain kvarn). Finish it with"
+        assert error == f"{says} --reuse.\n"
+
+
+def test_a_result_without_its_answers_is_undecided(tmp_path: Path) -> None:
+    source = RESULTS / "small-model-cpu" / "result.json"
+    copy = write(tmp_path / "copy.json", source=source)
+    status, _, error = run("compare", str(source), str(copy))
+    assert status == 3
+    assert "no answers were kept to pair" in error
 
 
 def test_a_baseline_is_stored_and_compared_with(tmp_path: Path) -> None:

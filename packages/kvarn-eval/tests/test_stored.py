@@ -82,9 +82,14 @@ def smaller(data: dict[str, Any]) -> None:
     data["measurements"] = [m for m in data["measurements"] if m["name"] != "seal.step.b32"]
 
 
+def interrupted(data: dict[str, Any]) -> None:
+    data["gates"][0].update(name="complete", verdict="inconclusive")
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
+        (interrupted, "of an interrupted run"),
         (dirty, "changed or unknown sources"),
         (unknown, "changed or unknown sources"),
         (red, "fails its own gates"),

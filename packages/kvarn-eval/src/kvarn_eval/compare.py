@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Literal
 
 from kvarn_eval.schema import Arm, Measurement, Strict, Unit, Verdict, portable_command
 from kvarn_eval.sides import (
+    CACHES,
     Pool,
     Side,
     check_same_subject,
@@ -140,7 +141,11 @@ def compare(base: Pool, head: Pool, margin: float | None = None) -> Comparison:
         for m, new in ((m, head.measured[key]) for key, m in base.measured.items())
     ]
     found = [*differences(base.first, head.first), *base.differences, *head.differences]
-    speed = {pair: change for pair in pairs if (change := compare_speed(pair, found))}
+    speed = {
+        pair: change
+        for pair in pairs
+        if (change := compare_speed(pair, [*disturbances(pair, base, head), *found]))
+    }
     changes = [
         *doubt(speed),
         *(change for pair in pairs if (change := compare_size(pair, found))),
@@ -168,8 +173,14 @@ def speed_threshold(measurement: Measurement) -> float | None:
     return None
 
 
-def compare_speed(pair: Pair, environment: list[str]) -> Change | None:
-    """Three-way verdict on a time or a rate; other environments decide nothing.
+def disturbances(pair: Pair, base: Pool, head: Pool) -> list[str]:
+    """What disturbed a pair: a GPU that slowed itself down, a prefix cache that was not primed."""
+    found = {"base": base.disturbance(pair.base), "head": head.disturbance(pair.base)}
+    return [f"{side}: {why}" for side, why in found.items() if why]
+
+
+def compare_speed(pair: Pair, doubts: list[str]) -> Change | None:
+    """Three-way verdict on a time or a rate; with a doubt, such as another GPU, none.
 
     What a run measures once is required as soon as there are enough runs, and reported before.
     """
@@ -181,8 +192,8 @@ def compare_speed(pair: Pair, environment: list[str]) -> Change | None:
     way = "slower" if found.loss > 0 else "faster"
     reason = f"{100 * abs(found.loss):.1f} % {way}, noise {100 * found.noise:.1f} %"
     verdict = found.verdict
-    if environment:
-        verdict, reason = Verdict.INCONCLUSIVE, f"{reason}; {environment[0]}"
+    if doubts:
+        verdict, reason = Verdict.INCONCLUSIVE, f"{reason}; {doubts[0]}"
     elif verdict is Verdict.INCONCLUSIVE:
         quiet = found.noise <= threshold
         reason += "; too few samples" if quiet else f", above {100 * threshold:g} %"
@@ -207,6 +218,8 @@ def doubt(speed: dict[Pair, Change]) -> list[Change]:
     moved: dict[str, str] = {}
     for pair, change in speed.items():
         if not pair.ours and abs(change.value) > change.limit:
+            if pair.arm.kv_cache_dtype.startswith(CACHES):
+                continue  # the published recipe runs our kernels and moves with them
             name = change.name if change.name in beside else ""
             moved.setdefault(name, f"the control {change.arm} moved too ({change.name})")
     judged = []
@@ -258,13 +271,13 @@ def compare_accuracy(pair: Pair, base: Pool, head: Pool, margin: float) -> Chang
     family, rule = family_of(pair.base), "lower 95 % bound of the difference > limit"
     limit = FAMILY_MARGIN if family else margin
     required = pair.ours and not family
-    if pair.base.raw is None or pair.head.raw is None:
+    old, new = base.right(pair.base.key), head.right(pair.base.key)
+    if old is None or new is None:
         loss = pair.head.median - pair.base.median
         reason = f"{100 * loss:+.1f} points; no answers were kept to pair"
         return pair.change(
             Verdict.INCONCLUSIVE, reason, rule=rule, value=loss, limit=-limit, required=required
         )
-    old, new = base.right(pair.base.key), head.right(pair.base.key)
     if old.keys() != new.keys():
         raise ValueError(f"The sides answered different problems ({pair.base.key}).")
     result = non_inferiority(

@@ -8,11 +8,23 @@ Sides that did not measure the same thing are refused, so a table never becomes 
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from kvarn_eval.schema import Arm, Environment, Git, Gpu, Measurement, Run, Strict, Unit, measure
+from kvarn_eval.schema import (
+    Arm,
+    Environment,
+    Git,
+    Gpu,
+    Measurement,
+    Run,
+    Strict,
+    Unit,
+    Verdict,
+    measure,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -22,6 +34,8 @@ KERNELS = "bench_ops"
 """Suites of this name identify cases by their names: lists and descriptions of arms may grow."""
 CLOCK_TOLERANCE = 0.05
 OURS = "kvarn-"  # packages that a comparison is about
+CACHES = "kvarn_"  # cache dtypes that run our kernels
+PAPER = re.compile(r"""["']recipe["']: *["']paper["']""")  # as JSON, or as Python prints it
 
 
 class Side(Strict):
@@ -47,30 +61,51 @@ class Document:
         except ValueError as error:
             raise ValueError(f"{path} is not a result of this version: {error}") from error
 
-    def right(self, measurement: Measurement) -> dict[Problem, float]:
+    @property
+    def disturbed(self) -> dict[tuple[str, str], str]:
+        """Why speeds say nothing, by arm and load; without a load it is true of the whole arm."""
+        gates = {gate.name: gate for gate in self.run.gates if gate.verdict is not Verdict.PASS}
+        found = {
+            (m.arm, ""): f"the GPU slowed itself down for {m.median:.3g} s"
+            for m in self.run.measurements
+            if m.name == "slowdown" and m.median > 0
+        }
+        for m in self.run.measurements:
+            load = m.name.rpartition(".")[0]
+            for kind in ("steady", "valid"):
+                if gate := gates.get(f"{load}.{kind}.{m.arm}"):
+                    found[m.arm, load] = f"its load is not {kind}: {gate.reason}"
+        return found
+
+    def right(self, measurement: Measurement) -> dict[Problem, float] | None:
         """Score of each problem behind an accuracy, from the lines of its raw file.
 
         A line has the `family` of a problem, its `seed` (or any name) and whether it is `right`, or
         how right on average. Other keys are not read.
 
+        Returns
+        -------
+        dict or None
+            None if there is no file of such lines beside the result.
+
         Raises
         ------
         ValueError
-            If the answers are not beside the result, or are those of another run.
+            If the answers are those of another run.
         """
         file = self.path.parent / (measurement.raw or "")
         if not file.is_file():
-            raise ValueError(
-                f"{self.path}: the answers behind {measurement.key}, {measurement.raw}, are not "
-                "beside it. Keep the folder of a run together."
-            )
+            return None
         family = family_of(measurement)
-        answers = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
-        found = {
-            (answer["family"], answer["seed"]): float(answer["right"])
-            for answer in answers
-            if family in ("", answer["family"])
-        }
+        try:
+            answers = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
+            found = {
+                (answer["family"], answer["seed"]): float(answer["right"])
+                for answer in answers
+                if family in ("", answer["family"])
+            }
+        except (ValueError, KeyError, TypeError):
+            return None
         if not found or abs(sum(found.values()) / len(found) - measurement.median) > 1e-9:
             raise ValueError(f"{file} does not hold the answers behind {measurement.key}.")
         return found
@@ -106,12 +141,25 @@ class Pool:
         runs = [document.run.run_id for document in self.documents]
         return Side(runs=runs, git=self.first.git, environment=self.first.environment)
 
-    def right(self, key: str) -> dict[Problem, float]:
+    def disturbance(self, measurement: Measurement) -> str:
+        """Why a speed says nothing, if it was disturbed in one of the runs; else nothing."""
+        own = measurement.name.rpartition(".")[0]
+        for document in self.documents:
+            for (arm, load), why in document.disturbed.items():
+                scenario = load.partition(".")[0]  # of a line through several loads
+                if arm == measurement.arm and (not load or own in {load, scenario}):
+                    return why
+        return ""
+
+    def right(self, key: str) -> dict[Problem, float] | None:
         """Score of each problem, averaged over the documents; see `Document.right`."""
         of_runs = []
         for document in self.documents:
             measurement = next(m for m in document.run.measurements if m.key == key)
-            of_runs.append(document.right(measurement))
+            scores = document.right(measurement)
+            if scores is None:
+                return None
+            of_runs.append(scores)
         if any(scores.keys() != of_runs[0].keys() for scores in of_runs):
             raise ValueError(f"The runs of one side answered different problems ({key}).")
         return {item: sum(run[item] for run in of_runs) / len(of_runs) for item in of_runs[0]}
@@ -147,9 +195,11 @@ def pool(documents: Sequence[Document]) -> Pool:
     Raises
     ------
     ValueError
-        If they are not of one side.
+        If they are not of one side, or a run was interrupted.
     """
     first = documents[0]
+    for document in documents:
+        check_complete(document)
     for other in documents[1:]:
         if other.run.run_id == first.run.run_id:
             raise ValueError(f"{first.path} and {other.path} are the same run. Name it once.")
@@ -175,6 +225,21 @@ def pool(documents: Sequence[Document]) -> Pool:
         for m in first.run.measurements
     }
     return Pool(tuple(documents), measured)
+
+
+def check_complete(document: Document) -> None:
+    """Refuse a run that was interrupted: what it lacks would be missing from the comparison.
+
+    Raises
+    ------
+    ValueError
+        If its gate says so.
+    """
+    for gate in document.run.gates:
+        if gate.name == "complete" and gate.verdict is not Verdict.PASS:
+            raise ValueError(
+                f"{document.path} is of an interrupted run ({gate.reason}). Finish it with --reuse."
+            )
 
 
 def check_same_subject(base: Document, head: Document) -> None:
@@ -211,7 +276,7 @@ def is_ours(name: str, arm: Arm) -> bool:
     """Whether an arm is KVarN as it is served; every other arm is a control."""
     if arm.window_tiles is not None:  # emulated: parts of ours left out are arms too
         return name == "kvarn"
-    return arm.kv_cache_dtype.startswith("kvarn_")
+    return arm.kv_cache_dtype.startswith(CACHES) and not PAPER.search(" ".join(arm.options))
 
 
 def gpus_of(run: Run) -> list[Gpu]:

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Literal
 
 from kvarn_eval.schema import Run, Strict, Verdict, portable_command
-from kvarn_eval.sides import Document, check_same_subject, gpus_of, is_accuracy
+from kvarn_eval.sides import Document, check_complete, check_same_subject, gpus_of, is_accuracy
 
 FOLDER = Path("packages", "kvarn-eval", "baselines")  # of a checkout
 
@@ -86,10 +86,11 @@ def accept(document: Document, folder: Path) -> tuple[Path, Run | None]:
     Raises
     ------
     ValueError
-        If the result cannot be a reference: made of changed sources, failed, one of answers, or
-        lacking what the earlier one has.
+        If the result cannot be a reference: made of changed sources, interrupted, failed, one of
+        answers, or lacking what the earlier one has.
     """
     run = document.run
+    check_complete(document)
     if run.git.sha is None or run.git.dirty:
         raise ValueError(f"{document.path} was made of changed or unknown sources. Commit first.")
     if run.verdict is Verdict.FAIL:
