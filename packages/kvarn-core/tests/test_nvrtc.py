@@ -64,6 +64,18 @@ def test_everything_that_matters_is_part_of_the_key(program: Program) -> None:
     assert len(_kept()) == 5
 
 
+def test_a_folder_that_takes_no_more_files_stops_nothing(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def full(**where: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(nvrtc.tempfile, "mkstemp", full)
+    nvrtc._write("key", b"binary")
+    assert "No space left on device" in caplog.text
+    assert _kept() == []
+
+
 @compiles
 @pytest.mark.parametrize("place", [0, DIGEST_BYTES + 100])
 def test_a_damaged_cubin_is_written_again(

@@ -12,7 +12,7 @@ from torch import nn
 from vllm.model_executor.layers.attention import Attention
 from vllm.model_executor.layers.layernorm import GemmaRMSNorm, RMSNorm
 
-from kvarn_vllm.balance import balance_model
+from kvarn_vllm.balance import balance_model, kept_balance
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -67,6 +67,18 @@ def test_a_stressed_model_answers_as_the_plain_one(start: Any, stressed: Path) -
 
 
 @pytest.mark.engine
+def test_reloaded_weights_meet_the_cached_keys(start: Any, stressed: Path) -> None:
+    prompt = torch.randint(2, 512, (700,), generator=torch.Generator().manual_seed(1)).tolist()
+    with start(PRESET, model=stressed) as engine:
+        engine.generate([prompt])
+        again = engine.generate([prompt])[0][0]  # begins with a hit
+        before = norms(engine)
+        engine.runner.reload_weights()
+        assert all(map(torch.equal, norms(engine), before))
+        assert engine.generate([prompt])[0][0] == again
+
+
+@pytest.mark.engine
 def test_a_stock_cache_keeps_the_weights(start: Any, stressed: Path) -> None:
     with start("auto", model=stressed) as engine:
         assert norms(engine)[1].max() == 16
@@ -109,6 +121,23 @@ def test_layers_are_balanced_in_place() -> None:
     model = nn.ModuleList([layer(), layer()])
     assert balance_model(model) == 2
     assert all(torch.equal(x, torch.full((8,), 4.0)) for x in model.parameters())
+
+
+def test_weights_that_are_loaded_again_get_the_same_factors() -> None:
+    model = nn.ModuleList([layer(), layer()])
+    balance_model(model)
+    with torch.no_grad(), kept_balance(model):
+        model[0].q_norm.weight.fill_(1.0)  # the same checkpoint
+        model[0].k_norm.weight.fill_(16.0)
+        model[1].q_norm.weight.fill_(2.0)  # other weights, and only these
+    assert [float(x[0]) for x in model.parameters()] == [4.0, 4.0, 8.0, 4.0]
+
+
+def test_a_model_that_was_not_balanced_is_loaded_as_it_is() -> None:
+    model = nn.ModuleList([layer()])
+    with torch.no_grad(), kept_balance(model):
+        model[0].q_norm.weight.fill_(3.0)
+    assert [float(x[0]) for x in model.parameters()] == [3.0, 16.0]
 
 
 GEMMA = bare(GemmaRMSNorm, weight=nn.Parameter(torch.full((8,), 16.0)), has_weight=True)

@@ -153,6 +153,7 @@ def complete_config(
         "is_hybrid": False,
         "is_encoder_decoder": False,
         "is_moe": False,
+        "attention_chunk_size": None,
         "dtype": torch.bfloat16,
         "enable_return_routed_experts": False,
         "hf_text_config": SimpleNamespace(),
@@ -200,6 +201,11 @@ FACTS = {
     "encoder-decoder": (
         {"is_encoder_decoder": True},
         "KVarN: encoder-decoder models are not supported. Use another model.",
+    ),
+    "chunked-attention": (
+        {"attention_chunk_size": 8192},
+        "KVarN: this model's attention needs attention within chunks, which kvarn does not "
+        "implement. Use another --kv-cache-dtype.",
     ),
     "float32-on-a-gpu": (
         {"platform": "cuda", "dtype": torch.float32},

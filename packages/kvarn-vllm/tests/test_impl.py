@@ -67,7 +67,7 @@ def batched(preset: str, engine: str = "reference", width: int = 128, **kwargs: 
         served.scale,
         engine,
         TorchAttention(**kwargs),
-        Workspace(served.layout, Q_HEADS, KV_HEADS, max_requests=8),
+        Workspace(served.layout, Q_HEADS, KV_HEADS, max_requests=8, engine="triton"),
     )
     served.width = width
     return served

@@ -8,6 +8,7 @@ exactly the identities it needs. Two planted faults show that the model would no
 from __future__ import annotations
 
 import random
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -15,12 +16,14 @@ from hypothesis import HealthCheck, Phase, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 from hypothesis.stateful import run_state_machine_as_test as run_machine
+from vllm.distributed.kv_events import BlockStored
 from vllm.sampling_params import SamplingParams
 from vllm.utils.hashing import sha256
 from vllm.v1.core.kv_cache_manager import KVCacheManager
 from vllm.v1.core.kv_cache_utils import get_request_block_hasher, init_none_hash
+from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.kv_cache_interface import KVCacheConfig, KVCacheGroupSpec
-from vllm.v1.request import Request
+from vllm.v1.request import Request, RequestStatus
 
 from kvarn_core.layout import seal_phase
 from kvarn_vllm.cache_spec import KVarNFullAttentionSpec
@@ -70,10 +73,16 @@ class World:
         self.count += 1
 
     def preempt(self, request: Request) -> None:
+        """As the scheduler does, whose method is ours in part."""
         self.running.remove(request)
-        self.kv.free(request)
-        request.num_computed_tokens = 0
-        self.waiting.insert(0, request)
+        request.status = RequestStatus.RUNNING
+        scheduler = SimpleNamespace(
+            kv_cache_manager=self.kv,
+            encoder_cache_manager=SimpleNamespace(free=lambda request: None),
+            waiting=SimpleNamespace(prepend_request=lambda one: self.waiting.insert(0, one)),
+            log_stats=False,
+        )
+        Scheduler._preempt_request(scheduler, request, 0.0)
         self.preemptions += 1
 
     def abort(self, request: Request) -> None:
@@ -85,12 +94,13 @@ class World:
 
     def step(self, rng: random.Random) -> None:
         """Schedule some requests with chunks of 1 to 4G + 1 tokens, in a random order."""
+        self.kv.new_step_starts()
         work = []
         for request in list(self.running):
             if request in self.running and rng.random() < 0.8:
                 chunk = self._chunk(request, rng)
                 while self.kv.allocate_slots(request, chunk) is None:
-                    victim = self.running[-1]
+                    victim = rng.choice(self.running)  # its tiles of this step may be published
                     work = [(other, n) for other, n in work if other is not victim]
                     self.preempt(victim)
                     if victim is request:
@@ -301,6 +311,49 @@ def test_publishing_one_tile_early_is_noticed() -> None:
 
     with pytest.raises(AssertionError, match="foreign record"):
         run_machine(Broken, settings=PROFILE)
+
+
+def test_a_request_taken_out_of_a_step_takes_back_what_it_published() -> None:
+    """Under priority scheduling a victim may have been scheduled in the same step."""
+    for withdrawn in (True, False):
+        world = World(60)
+        world.kv.new_step_starts()
+        world.add([3] * 300)
+        [request] = world.running = world.waiting
+        world.waiting = []
+        world.kv.allocate_slots(request, 300)
+        if not withdrawn:  # what the prefix cache would then hold
+            world.manager.withdraw = lambda request_id: None
+        world.preempt(request)
+        hits, tokens = world.kv.get_computed_blocks(make_request(1, [3] * 290))
+        assert tokens == (0 if withdrawn else 3 * GROUP)
+        sink = world.manager._shared_sink(hits.blocks[0])
+        assert (sink is None) is withdrawn
+
+
+def test_what_was_published_before_stays_after_preemption() -> None:
+    kv = make_manager(60)
+    manager = kv.coordinator.single_type_managers[0]
+    first, second = make_request(0, [3] * 300), make_request(1, [3] * 290)
+    kv.new_step_starts()
+    kv.allocate_slots(first, 300)
+    kv.new_step_starts()
+    manager.withdraw("0")
+    kv.free(first)
+    assert kv.get_computed_blocks(second)[1] == 3 * GROUP
+
+
+def test_events_are_those_of_tiles() -> None:
+    kv = make_manager(40)
+    kv.block_pool.enable_kv_cache_events = True
+    kv.allocate_slots(make_request(0, [3] * 300), 300)
+    published = kv.block_pool.take_events()
+    assert [type(event) for event in published] == [BlockStored]
+    kv.free(make_request(0, [3] * 300))
+    for page in range(1, 40):
+        kv.evict_blocks({page})
+    removed = [digest for event in kv.block_pool.take_events() for digest in event.block_hashes]
+    assert sorted(removed) == sorted(published[0].block_hashes), "and no sink among them"
 
 
 def test_columns_of_a_cold_request() -> None:

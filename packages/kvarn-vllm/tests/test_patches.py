@@ -129,6 +129,10 @@ def test_layer_spec(tiny_model: Any) -> None:
     layer.kv_cache_dtype, layer.head_size_v = "auto", 128
     stock = Attention.get_kv_cache_spec(layer, config(tiny_model, "auto"))
     assert type(stock) is FullAttentionSpec
+    with pytest.raises(NotImplementedError, match="plans a FullAttentionSpec of its own"):
+        Attention.get_kv_cache_spec(
+            layer, config(tiny_model)
+        )  # its model did not pass the dtype on
 
 
 def table_width(block_size: int = 128) -> int:
@@ -150,6 +154,9 @@ def test_page_tables_have_room_for_the_header(tiny_model: Any, monkeypatch: Any)
         assert table_width() == 8
     with set_current_vllm_config(config(tiny_model, max_model_len=1000)):
         assert table_width() == record_layout(PRESET, 128).columns(1000) == 12 + 7
+    longer = {"max_model_len": 1000, "max_num_seqs": 2, "max_num_batched_tokens": 4001}
+    with set_current_vllm_config(config(tiny_model, **longer)):  # vLLM only warns of this
+        assert table_width() == record_layout(PRESET, 128).columns(2001)
 
 
 def _no_group() -> Any:

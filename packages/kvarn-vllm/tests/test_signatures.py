@@ -25,6 +25,8 @@ SOURCES = {
     "MultiGroupBlockTable.__init__": "4fb846b5be571362",
     "BlockTables.__init__": "58cfb5671406d3e0",
     "WorkerWrapperBase.initialize_from_config": "3b298834beaea7f5",
+    "Scheduler._preempt_request": "2a89cd7178fe260c",
+    "BlockPool.take_events": "1c196296d76b7aa7",
 }
 
 

@@ -145,7 +145,7 @@ def warm_and_serve(preset: str, engine: str, launches: set[str], monkeypatch: An
     monkeypatch.setattr(workspace, "_take", take)
     monkeypatch.setattr(workspace, "CONTEXT_TOKENS", 256)
     layout = record_layout(preset, HEAD_DIM)
-    scratch = Workspace(layout, Q_HEADS, KV_HEADS, max_requests=32)
+    scratch = Workspace(layout, Q_HEADS, KV_HEADS, max_requests=32, engine="triton")
     path = Batched(layout, Recipe.KVARN, 0.125, engine, NoAttention(), scratch)
     path.warm_up(torch.empty(7, Q_HEADS, HEAD_DIM, dtype=torch.float16))
     warm = set(launches)

@@ -27,7 +27,7 @@ def manager(monkeypatch: Any) -> Any:
 
 
 def test_nothing_grows_after_the_reservation(manager: Any) -> None:
-    workspace = Workspace(LAYOUT, 4, 2, max_requests=16)
+    workspace = Workspace(LAYOUT, 4, 2, max_requests=16, engine="triton")
     workspace.reserve(torch.empty(512, 4, 64, dtype=torch.float16))
     manager.lock()
     for requests in (1, 16):
@@ -42,7 +42,7 @@ def test_nothing_grows_after_the_reservation(manager: Any) -> None:
 
 def test_every_call_gets_the_same_bytes(manager: Any) -> None:
     """A captured graph reads the addresses of the step it was captured in."""
-    workspace = Workspace(LAYOUT, 4, 2, max_requests=16)
+    workspace = Workspace(LAYOUT, 4, 2, max_requests=16, engine="triton")
     workspace.reserve(torch.empty(512, 4, 64, dtype=torch.float16))
     first = [tensor.data_ptr() for tensor in workspace.decode(3)]
     workspace.context(100, torch.float16)
@@ -50,7 +50,7 @@ def test_every_call_gets_the_same_bytes(manager: Any) -> None:
 
 
 def test_layers_of_a_kind_share_the_scratch_of_decode_which_begins_as_zeros(manager: Any) -> None:
-    layers = [Workspace(LAYOUT, 4, 2, max_requests=5) for _ in range(2)]
+    layers = [Workspace(LAYOUT, 4, 2, max_requests=5, engine="triton") for _ in range(2)]
     scratch, other = (layer.decode(5)[0] for layer in layers)
     assert scratch.data_ptr() == other.data_ptr()
     assert not scratch.any()
@@ -61,7 +61,7 @@ def test_layers_of_a_kind_share_the_scratch_of_decode_which_begins_as_zeros(mana
 
 
 def test_tensors_of_one_call_do_not_overlap(manager: Any) -> None:
-    workspace = Workspace(LAYOUT, 4, 2, max_requests=16)
+    workspace = Workspace(LAYOUT, 4, 2, max_requests=16, engine="triton")
     for tensors in (workspace.context(100, torch.float16), workspace.decode(16)):
         for number, tensor in enumerate(tensors):
             tensor.fill_(number)

@@ -41,7 +41,7 @@ def balancing_factors(query: torch.Tensor, key: torch.Tensor, rotary_dim: int) -
     return exponent.exp2().float()
 
 
-def balance_(query: torch.Tensor, key: torch.Tensor, rotary_dim: int) -> bool:
+def balance_(query: torch.Tensor, key: torch.Tensor, rotary_dim: int) -> torch.Tensor | None:
     """Balance the weights of two norms in place, if that changes no score.
 
     Parameters
@@ -51,18 +51,18 @@ def balance_(query: torch.Tensor, key: torch.Tensor, rotary_dim: int) -> bool:
 
     Returns
     -------
-    bool
-        False, and nothing is changed, if a product would not come out exactly: a weight would
-        overflow or lose bits.
+    Tensor [D], fp32, or None
+        By what query weights were multiplied and key weights divided. None, and nothing is changed,
+        if a product would not come out exactly: a weight would overflow or lose bits.
     """
     factors = balancing_factors(query, key, rotary_dim).to(query.device)
     new_query, new_key = (query * factors).to(query.dtype), (key / factors).to(key.dtype)
     back_query, back_key = new_query / factors, new_key * factors
     if not (torch.equal(back_query, query.float()) and torch.equal(back_key, key.float())):
-        return False
+        return None
     query.copy_(new_query)
     key.copy_(new_key)
-    return True
+    return factors
 
 
 def _pair_mean_square(weight: torch.Tensor, rotary_dim: int) -> torch.Tensor:

@@ -34,6 +34,7 @@ CAPABILITY = (9, 0)  # sm_90a code runs on exactly this one
 OPTIONS = ("--std=c++17",)
 SHARED_HEADERS = Path(__file__).parent / "cuda"
 DIGEST_BYTES = 32
+NOT_KEPT = "%s cannot hold compiled kernels (%s); they are not kept."
 MISSING = (
     "The cuda engine cannot run: {} is missing. "
     "Install it with `pip install kvarn-core[cuda]`, or use the triton engine."
@@ -315,7 +316,7 @@ def _read(key: str) -> bytes | None:
         return None
     try:
         content = (folder / key).read_bytes()
-    except FileNotFoundError:
+    except OSError:  # most often there is none
         return None
     digest, binary = content[:DIGEST_BYTES], content[DIGEST_BYTES:]
     if hashlib.sha256(binary).digest() != digest:
@@ -329,10 +330,13 @@ def _write(key: str, binary: bytes) -> None:
     folder = _private_folder()
     if folder is None:
         return
-    handle, path = tempfile.mkstemp(dir=folder)
-    with os.fdopen(handle, "wb") as file:
-        file.write(hashlib.sha256(binary).digest() + binary)
-    Path(path).replace(folder / key)
+    try:
+        handle, path = tempfile.mkstemp(dir=folder)
+        with os.fdopen(handle, "wb") as file:
+            file.write(hashlib.sha256(binary).digest() + binary)
+        Path(path).replace(folder / key)
+    except OSError as error:
+        logger.warning(NOT_KEPT, folder, error)
 
 
 def _private_folder() -> Path | None:
@@ -342,7 +346,7 @@ def _private_folder() -> Path | None:
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         state = folder.stat()
     except OSError as error:
-        logger.warning("%s cannot hold compiled kernels (%s); they are not kept.", folder, error)
+        logger.warning(NOT_KEPT, folder, error)
         return None
     if state.st_uid != os.getuid() or stat.S_IMODE(state.st_mode) & 0o022:
         logger.warning("%s can be written by others; compiled kernels are not kept there.", folder)

@@ -1,19 +1,29 @@
-"""Find the norms of queries and keys in a loaded model and balance them (`kvarn_core.balance`)."""
+"""Find the norms of queries and keys in a loaded model and balance them (`kvarn_core.balance`).
+
+What a model was multiplied by is remembered: weights that are loaded again while keys are cached
+are multiplied by the same factors, or queries would meet keys of another scale.
+"""
 
 from __future__ import annotations
 
 import logging
 from collections import Counter
+from contextlib import contextmanager
+from functools import wraps
 from typing import TYPE_CHECKING, Any
+from weakref import WeakKeyDictionary
 
 import torch
 
 from kvarn_core.balance import balance_
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     from torch import nn
 
 LOG = logging.getLogger("vllm.kvarn")
+_factors: WeakKeyDictionary[nn.Module, list[tuple[Any, torch.Tensor]]] = WeakKeyDictionary()
 
 
 @torch.no_grad()
@@ -35,14 +45,41 @@ def balance_model(model: nn.Module) -> int:
     """
     layers = [layer for layer in map(_norms, model.modules()) if layer is not None]
     users = Counter(id(norm) for layer in layers for norm in layer[:2])
-    balanced = sum(
-        balance_(query.weight.data, key.weight.data, rotary_dim)
-        for query, key, rotary_dim in layers
-        if users[id(query)] == users[id(key)] == 1
-    )
+    multiplied = []
+    for query, key, rotary_dim in layers:
+        if users[id(query)] == users[id(key)] == 1:
+            factors = balance_(query.weight.data, key.weight.data, rotary_dim)
+            if factors is not None:
+                multiplied += [(query, factors), (key, 1 / factors)]
+    _factors[model] = multiplied
+    balanced = len(multiplied) // 2
     if layers:
         LOG.info("KVarN: query and key norms of %d of %d layers balanced.", balanced, len(layers))
     return balanced
+
+
+def keep_balance(runner: Any) -> None:
+    """Let weights that a model runner loads again be multiplied by the factors of before."""
+    load = runner.reload_weights
+
+    @wraps(load)
+    def reload_weights(*args: Any, **kwargs: Any) -> None:
+        with kept_balance(runner.get_model()):
+            load(*args, **kwargs)
+
+    runner.reload_weights = reload_weights
+
+
+@contextmanager
+def kept_balance(model: nn.Module) -> Iterator[None]:
+    """Multiply weights of norms that change within a ``with`` block by the factors of before."""
+    multiplied = _factors.get(model, [])
+    before = [norm.weight.detach().clone() for norm, _ in multiplied]
+    yield
+    with torch.no_grad():
+        for (norm, factors), weight in zip(multiplied, before, strict=True):
+            if not torch.equal(norm.weight, weight):
+                norm.weight.mul_(factors.to(norm.weight.device))
 
 
 def _norms(module: nn.Module) -> tuple[Any, Any, int] | None:

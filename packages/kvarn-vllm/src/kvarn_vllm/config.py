@@ -17,7 +17,7 @@ from kvarn_core.layout import HEAD_DIMS
 from kvarn_core.spec import DEBUG_PRESETS
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Mapping, Sequence
 
 PREFILL_MODES = ("chunk", "sealed")
 ENGINES = ("auto", *dispatch.ENGINES)
@@ -202,12 +202,17 @@ def _check_model(model: Any) -> None:
     check_head_size(model.get_head_size())
     if _has_sliding_window(model):
         check_layer(sliding_window=0)
+    if model.attention_chunk_size or "chunked_attention" in _layer_types(model):
+        _refuse_needs({"attention within chunks": True})
 
 
 def _has_sliding_window(model: Any) -> bool:
     """Whether any layer of the model looks at a window instead of everything."""
-    layer_types = getattr(model.hf_text_config, "layer_types", None) or ()
-    return model.get_sliding_window() is not None or "sliding_attention" in layer_types
+    return model.get_sliding_window() is not None or "sliding_attention" in _layer_types(model)
+
+
+def _layer_types(model: Any) -> Sequence[str]:
+    return getattr(model.hf_text_config, "layer_types", None) or ()
 
 
 def _check_cache(config: Any) -> None:
@@ -308,6 +313,21 @@ def check_selection(selection: Any) -> None:
         "scales per head from the checkpoint": selection.use_per_head_quant_scales,
     }
     _refuse_needs(needs)
+
+
+def check_spec(spec: object) -> None:
+    """Refuse a layer whose pages are planned by vLLM although the cache is ours.
+
+    Raises
+    ------
+    NotImplementedError
+        If its class plans pages of its own, or its model did not pass it the cache dtype.
+    """
+    if not hasattr(spec, "preset"):
+        raise _refusal(
+            f"a layer of this model plans a {type(spec).__name__} of its own",
+            "Use another --kv-cache-dtype",
+        )
 
 
 def check_layer(

@@ -82,8 +82,9 @@ class KVarNImpl(AttentionImpl):  # type: ignore[misc]
             sealed = options.prefill == "sealed"
             return ByRequest(layout, options.recipe, self.scale, engine, sealed)
         workspace = Workspace(
-            layout, self.num_heads, self.num_kv_heads, vllm_config.scheduler_config.max_num_seqs
-        )
+            layout, self.num_heads, self.num_kv_heads,
+            vllm_config.scheduler_config.max_num_seqs, engine,
+        )  # fmt: skip
         attention = FlashAttention.for_gpu(self.scale, self.head_size)
         return Batched(layout, options.recipe, self.scale, engine, attention, workspace)
 

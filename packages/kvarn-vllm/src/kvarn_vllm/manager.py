@@ -3,7 +3,8 @@
 A request's blocks, in vLLM's words, are the columns of its page table row: hit count, sink page,
 ring pages, record pages. All state of a request is reachable from them, so preemption, abort and
 reordering need no code here. What differs from stock full attention is the header, and that a
-record page is published to the prefix cache only once its tile is sealed.
+record page is published to the prefix cache only once its tile is sealed. vLLM publishes while it
+schedules a step; a request that is taken out of the step again takes back what it published.
 """
 
 from __future__ import annotations
@@ -21,6 +22,8 @@ from vllm.v1.core.single_type_kv_cache_manager import FullAttentionManager
 
 from kvarn_core.layout import RING_COLUMN, SINK_COLUMN
 
+SINK_MARK = b"kvarnsnk"  # the last 8 bytes of a key, all that vLLM's events keep of it
+
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
@@ -32,6 +35,16 @@ class KVarNManager(FullAttentionManager):  # type: ignore[misc]
         super().__init__(*args, **kwargs)
         self.layout = self.kv_cache_spec.layout
         self.header = self.layout.header_columns
+        self.published_this_step: dict[str, list[KVCacheBlock]] = {}
+
+    def new_step_starts(self) -> None:
+        """What was published before has been scheduled for good."""
+        self.published_this_step.clear()
+
+    def withdraw(self, request_id: str) -> None:
+        """Take back what a request published in this step, which will not run for it."""
+        for page in self.published_this_step.pop(request_id, []):
+            self.block_pool._maybe_evict_cached_block(page)
 
     def get_num_blocks_to_allocate(
         self,
@@ -110,8 +123,10 @@ class KVarNManager(FullAttentionManager):  # type: ignore[misc]
             kv_cache_group_id=self.kv_cache_group_id,
         )
         self.num_cached_block[request.request_id] = sealed
-        if published == 0:
-            self._publish_sink(columns[SINK_COLUMN], request.block_hashes[0])
+        pages = columns[self.header + published : self.header + sealed]
+        if published == 0 and self._publish_sink(columns[SINK_COLUMN], request.block_hashes[0]):
+            pages.append(columns[SINK_COLUMN])
+        self.published_this_step.setdefault(request.request_id, []).extend(pages)
 
     def free(self, request_id: str) -> None:
         """Return all pages. Those worth most to the prefix cache are reused last."""
@@ -155,13 +170,30 @@ class KVarNManager(FullAttentionManager):  # type: ignore[misc]
         page: KVCacheBlock | None = self.block_pool.cached_block_hash_to_block.get_one_block(key)
         return page
 
-    def _publish_sink(self, sink: KVCacheBlock, first_hash: bytes) -> None:
-        """Let later requests find the sink page through the hash of the first tile."""
+    def _publish_sink(self, sink: KVCacheBlock, first_hash: bytes) -> bool:
+        """Let later requests find the sink page through the hash of the first tile.
+
+        Returns
+        -------
+        bool
+            False if it can be found already, or is not one.
+        """
         if sink.is_null or sink.block_hash is not None:
-            return
+            return False
         sink.block_hash = self._sink_key(first_hash)
         self.block_pool.cached_block_hash_to_block.insert(sink.block_hash, sink)
+        return True
 
     def _sink_key(self, first_hash: bytes) -> Any:
-        digest = hashlib.sha256(b"kvarn-sink" + first_hash).digest()
-        return make_block_hash_with_group_id(BlockHash(digest), self.kv_cache_group_id)
+        digest = hashlib.sha256(b"kvarn-sink" + first_hash).digest()[: -len(SINK_MARK)]
+        return make_block_hash_with_group_id(BlockHash(digest + SINK_MARK), self.kv_cache_group_id)
+
+
+def is_sink(event: Any) -> bool:
+    """Whether an event of the prefix cache is about a sink page, which readers never heard of."""
+    return any(
+        digest.to_bytes(8, "big") == SINK_MARK
+        if isinstance(digest, int)
+        else digest.endswith(SINK_MARK)
+        for digest in getattr(event, "block_hashes", ())
+    )

@@ -1,6 +1,6 @@
 """Every change to vLLM's internals, in one list.
 
-vLLM 0.22 has no public way to add a cache dtype, its page arithmetic or wider page tables, so six
+vLLM 0.22 has no public way to add a cache dtype, its page arithmetic or wider page tables, so eight
 callables are wrapped and four tables extended. Each wrapper passes through untouched unless a
 ``kvarn_*`` dtype is in play. The version and the parameter names of everything wrapped or
 overridden are recorded in `kvarn_vllm.signatures` and compared before anything is touched: an
@@ -23,6 +23,7 @@ from kvarn_vllm.config import (
     check_engine,
     check_head_size,
     check_selection,
+    check_spec,
     group_size,
     is_kvarn,
 )
@@ -246,7 +247,10 @@ def _attention_backend(original: Callable[..., Any]) -> Callable[..., Any]:
 def _layer_spec(original: Callable[..., Any]) -> Callable[..., Any]:
     def get_kv_cache_spec(self: Any, vllm_config: Any) -> Any:
         if not is_kvarn(self.kv_cache_dtype):
-            return original(self, vllm_config)
+            spec = original(self, vllm_config)
+            if spec is not None and is_kvarn(vllm_config.cache_config.cache_dtype):
+                check_spec(spec)
+            return spec
         from kvarn_vllm.cache_spec import KVarNFullAttentionSpec
 
         for head_size in (self.head_size, self.head_size_v):
@@ -314,12 +318,32 @@ def _balanced_model(original: Callable[..., Any]) -> Callable[..., Any]:
             and options.balances
             and config.weight_transfer_config is None
         ):
-            from kvarn_vllm.balance import balance_model
+            from kvarn_vllm.balance import balance_model, keep_balance
 
             balance_model(self.worker.get_model())
+            keep_balance(self.worker.model_runner)
         original(self, kv_cache_configs)
 
     return initialize_from_config
+
+
+def _withdrawn_request(original: Callable[..., Any]) -> Callable[..., Any]:
+    def _preempt_request(self: Any, request: Any, timestamp: float) -> None:
+        for manager in self.kv_cache_manager.coordinator.single_type_managers:
+            if hasattr(manager, "withdraw"):
+                manager.withdraw(request.request_id)
+        original(self, request, timestamp)
+
+    return _preempt_request
+
+
+def _events_of_tiles(original: Callable[..., Any]) -> Callable[..., Any]:
+    def take_events(self: Any) -> Any:
+        from kvarn_vllm.manager import is_sink
+
+        return [event for event in original(self) if not is_sink(event)]
+
+    return take_events
 
 
 def _table_columns() -> int:
@@ -331,9 +355,12 @@ def _table_columns() -> int:
         return 0
     from kvarn_vllm.cache_spec import record_layout
 
-    model = config.model_config
+    model, scheduler = config.model_config, config.scheduler_config
     layout = record_layout(config.cache_config.cache_dtype, model.get_head_size())
-    return layout.columns(model.max_model_len)
+    # the second runner warms up with a full batch over all requests, whatever a request may hold
+    batch = scheduler.max_num_batched_tokens
+    requests = min(scheduler.max_num_seqs, batch)
+    return layout.columns(max(model.max_model_len, batch // requests + batch % requests))
 
 
 def _platform_patch() -> Patch:
@@ -372,5 +399,15 @@ PATCHES = (
         "vllm.v1.worker.worker_base:WorkerWrapperBase.initialize_from_config",
         _balanced_model,
         "weights are there and no CUDA graph is: keys can still be balanced against queries",
+    ),
+    Patch(
+        "vllm.v1.core.sched.scheduler:Scheduler._preempt_request",
+        _withdrawn_request,
+        "priority scheduling takes requests out of a step that already published their tiles",
+    ),
+    Patch(
+        "vllm.v1.core.block_pool:BlockPool.take_events",
+        _events_of_tiles,
+        "sink pages leave the prefix cache with an event, and came without one",
     ),
 )

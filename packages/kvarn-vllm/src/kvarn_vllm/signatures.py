@@ -33,6 +33,8 @@ SIGNATURES: dict[str, str] = {
         "kernel_block_sizes cp_size cp_rank cp_interleave"
     ),
     "vllm.v1.worker.worker_base:WorkerWrapperBase.initialize_from_config": "self kv_cache_configs",
+    "vllm.v1.core.sched.scheduler:Scheduler._preempt_request": "self request timestamp",
+    "vllm.v1.core.block_pool:BlockPool.take_events": "self",
     # overridden
     f"{_MANAGER}.__init__": (
         "self kv_cache_spec block_pool enable_caching kv_cache_group_id dcp_world_size "
@@ -48,6 +50,7 @@ SIGNATURES: dict[str, str] = {
     f"{_MANAGER}.allocate_new_blocks": "self request_id num_tokens num_tokens_main_model",
     f"{_MANAGER}.cache_blocks": "self request num_tokens alignment_tokens",
     f"{_MANAGER}.free": "self request_id",
+    f"{_MANAGER}.new_step_starts": "self",
     f"{_BACKEND}:AttentionMetadataBuilder.__init__": (
         "self kv_cache_spec layer_names vllm_config device"
     ),
@@ -73,6 +76,7 @@ SIGNATURES: dict[str, str] = {
     "vllm.v1.core.block_pool:BlockPool.get_new_blocks": "self num_blocks",
     "vllm.v1.core.block_pool:BlockPool.touch": "self blocks",
     "vllm.v1.core.block_pool:BlockPool.free_blocks": "self ordered_blocks",
+    "vllm.v1.core.block_pool:BlockPool._maybe_evict_cached_block": "self block",
     "vllm.v1.worker.workspace:WorkspaceManager.get_simultaneous": "self shapes_and_dtypes",
     "vllm.v1.attention.ops.merge_attn_states:merge_attn_states": (
         "output prefix_output prefix_lse suffix_output suffix_lse output_lse "

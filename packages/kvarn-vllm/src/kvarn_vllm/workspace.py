@@ -39,12 +39,15 @@ class Workspace:
         Heads of the layer on this rank.
     max_requests : int
         Requests of the largest step.
+    engine : str
+        Engine of `kvarn_core`; each has its own use for the scratch of decode.
     """
 
     layout: RecordLayout
     num_q_heads: int
     num_kv_heads: int
     max_requests: int
+    engine: str
 
     def reserve(self, query: torch.Tensor) -> None:
         """Take the largest of everything, so that nothing grows later.

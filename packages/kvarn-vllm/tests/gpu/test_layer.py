@@ -36,7 +36,7 @@ def workspace() -> Iterator[None]:
 def batched(preset: str, head_dim: int, dtype: torch.dtype) -> Batched:
     layout, scale = record_layout(preset, head_dim), head_dim**-0.5
     attention = FlashAttention.for_gpu(scale, head_dim)
-    scratch = Workspace(layout, Q_HEADS, KV_HEADS, MOST)
+    scratch = Workspace(layout, Q_HEADS, KV_HEADS, MOST, "triton")
     path = Batched(layout, Recipe.KVARN, scale, "triton", attention, scratch)
     path.warm_up(torch.empty(2048, Q_HEADS, head_dim, dtype=dtype, device="cuda"))
     return path
