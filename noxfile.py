@@ -38,6 +38,8 @@ SUITES = {
     "qwen3-32b-tp2": 2,
 }
 OFFLINE_ENV = {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1"}
+REQUIRED_GPUS = int(os.environ.get("KVARN_REQUIRE_GPU") or 0)
+REQUIRE_GPU = f"--require-gpu={max(REQUIRED_GPUS, 1)}"
 
 
 def has_gpu() -> bool:
@@ -152,7 +154,7 @@ def gpu_tests(session: nox.Session) -> None:
     install_gpu(session)
     arguments = ["-m", "(gpu or kernel) and not slow", *(session.posargs or ["packages"])]
     environment = {"OMP_NUM_THREADS": "2"}  # with -n the references of many tests share the cores
-    session.run("pytest", "--require-gpu", *arguments, env=environment)
+    session.run("pytest", REQUIRE_GPU, *arguments, env=environment)
 
 
 @nox.session
@@ -231,7 +233,7 @@ def soak(session: nox.Session) -> None:
     """The slow GPU tests: a thousand requests in a full pool, 10,000 batches, a slowed engine."""
     install_gpu(session)
     arguments = session.posargs or ["packages"]
-    session.run("pytest", "-m", "gpu and slow", "--require-gpu", *arguments)
+    session.run("pytest", "-m", "gpu and slow", REQUIRE_GPU, *arguments)
 
 
 @nox.session
@@ -288,5 +290,5 @@ def lock(session: nox.Session) -> None:
         session.run("uv", "pip", "compile", *common, *extra, *session.posargs, *files)
 
 
-if os.environ.get("KVARN_REQUIRE_GPU") == "1" and not has_gpu():
-    raise SystemExit("KVARN_REQUIRE_GPU=1 is set, and this machine has no NVIDIA GPU.")
+if REQUIRED_GPUS and not has_gpu():
+    raise SystemExit("KVARN_REQUIRE_GPU is set, and this machine has no NVIDIA GPU.")

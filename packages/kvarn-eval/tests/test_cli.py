@@ -5,12 +5,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
+from pydantic import ValidationError
 from typer.testing import CliRunner
 
-from kvarn_eval import fidelity_gates
+from kvarn_eval import fidelity_gates, suite_run
 from kvarn_eval.cli import app
 from kvarn_eval.fidelity import ARMS
-from kvarn_eval.schema import Verdict
+from kvarn_eval.schema import Unit, Verdict, measure
 from kvarn_eval.small_model import SMALL_MODEL
 
 if TYPE_CHECKING:
@@ -36,10 +37,86 @@ def run(*arguments: str) -> tuple[int, str, str]:
         ("solve", "riddles"),
         ("fly",),
         ("demo", "--items", "0"),
+        ("run", "smoke", "--parts", "bogus"),
+        ("run", "smoke", "--parts", "fidelity"),  # which it does not measure
+        ("run", "smoke", "--model", "nowhere"),
     ],
 )
-def test_wrong_usage_exits_with_2(arguments: tuple[str, ...]) -> None:
+def test_wrong_usage_exits_with_2(
+    arguments: tuple[str, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
     assert run(*arguments)[0] == 2
+
+
+@pytest.mark.parametrize("gpus", [0, 1])
+def test_missing_gpus_exit_with_2(
+    gpus: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("torch.cuda.is_available", lambda: gpus > 0)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: gpus)
+    model = str(SMALL_MODEL)
+    status, _, error = run("run", "qwen3-32b-tp2", "--model", model, "--out", str(tmp_path))
+    assert status == 2
+    assert "needs 2 NVIDIA GPUs" in error
+
+
+def unmeasurable() -> ValidationError:
+    with pytest.raises(ValidationError) as caught:
+        measure("kld", "kvarn", Unit.NATS, float("nan"))
+    return caught.value
+
+
+@pytest.mark.parametrize("error", [RuntimeError("The server ended."), unmeasurable()])
+def test_a_run_that_fails_reports_what_was_measured(
+    error: Exception, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, make_run: Callable[..., Run]
+) -> None:
+    def fail(*_: object, **__: object) -> None:
+        make_run(Verdict.INCONCLUSIVE).save(tmp_path / "result.json")
+        raise error
+
+    monkeypatch.setattr(suite_run, "run_suite", fail)
+    (tmp_path / "report.md").write_text("old", encoding="utf-8")
+    status, _, words = run("run", "smoke", "--parts", "capacity", "--out", str(tmp_path))
+    assert status == 1
+    assert str(error) in words
+    assert "# demo: inconclusive" in (tmp_path / "report.md").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize(
+    ("command", "function"),
+    [
+        (("fidelity",), "fidelity_gates.run_fidelity"),
+        (("throughput", "--model", "m"), "throughput.run_throughput"),
+        (("run", "smoke", "--parts", "capacity"), "suite_run.run_suite"),
+    ],
+)
+def test_numbers_that_are_none_are_not_wrong_usage(
+    command: tuple[str, ...], function: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise unmeasurable()
+
+    monkeypatch.setattr(f"kvarn_eval.{function}", fail)
+    status, _, error = run(*command, "--out", str(tmp_path))
+    assert status == 1
+    assert "No result can hold what was measured." in error
+
+
+def test_a_baseline_that_does_not_fit_is_one_sentence(
+    tmp_path: Path, make_run: Callable[..., Run]
+) -> None:
+    (tmp_path / "text.json").write_text("not json", encoding="utf-8")
+    make_run().save(tmp_path / "demo.json")
+    unreadable = "is not a result of this version. Name the result.json of a run."
+    unfitting = (
+        "does not hold the fidelity of kvarn on profile plain. Name a result of kvarn-eval "
+        "fidelity with the same profiles."
+    )
+    for name, words in (("", unreadable), ("text.json", unreadable), ("demo.json", unfitting)):
+        path = tmp_path / name
+        status, _, error = run("fidelity", "--out", str(tmp_path), "--baseline", str(path))
+        assert (status, error) == (2, f"{path} {words}\n")
 
 
 def test_wrong_names_are_refused_with_the_allowed_ones(tmp_path: Path) -> None:

@@ -85,6 +85,19 @@ def test_a_removed_measurement_is_an_error_not_a_smaller_table() -> None:
         make_run(measurements=[measure("speed", "a", Unit.SECONDS, 1.0)])
 
 
+def test_words_of_a_command_name_no_folder_of_the_machine() -> None:
+    words = [
+        "/home/a/m",
+        "--out=/home/a/o",
+        "model=/home/a/m",
+        "x.y=z=/home/a",
+        "./m",
+        "a=b/c",
+        "-n",
+    ]
+    assert schema.portable(words) == ["m", "--out=o", "model=m", "x.y=z=a", "./m", "a=b/c", "-n"]
+
+
 def test_measuring_twice_is_an_error() -> None:
     twice = [measure("kld", "a", Unit.NATS, x) for x in (0.1, 0.2)]
     with pytest.raises(ValidationError, match="Measured twice"):

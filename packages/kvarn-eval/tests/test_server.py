@@ -4,12 +4,21 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 
-from kvarn_eval.server import ServerConfig, free_port, parse_metrics, serve, total
+from kvarn_eval import server
+from kvarn_eval.server import ServerConfig, end_children, free_port, parse_metrics, serve, total
+from kvarn_eval.terminal import stop_on_signals
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
 
 FAKE = (sys.executable, str(Path(__file__).with_name("fake_server.py")))
 
@@ -88,27 +97,86 @@ def test_a_refusal_is_passed_on(tmp_path: Path) -> None:
         server.post("/v1/completions", {})
 
 
-def test_sigterm_of_the_command_ends_the_server_too(tmp_path: Path) -> None:
-    pids_file = tmp_path / "pids"
+@contextmanager
+def command(folder: Path) -> Iterator[subprocess.Popen[str]]:
+    """A command that serves until it is stopped; the ids of the server are in `pids`."""
     program = f"""
 import signal, time
 from pathlib import Path
-from kvarn_eval.terminal import stop_on_signal
-from kvarn_eval.server import ServerConfig, serve
-signal.signal(signal.SIGTERM, stop_on_signal)
-config = ServerConfig("model", ("--child-pid", {str(pids_file)!r}), command={FAKE!r})
-with serve(config, Path({str(tmp_path / "server.log")!r})):
+from kvarn_eval import server, terminal
+server._GRACE_SECONDS = 2
+signal.signal(signal.SIGHUP, signal.SIG_DFL)  # the tests may run under nohup
+terminal.stop_on_signals()
+config = server.ServerConfig("model", ("--child-pid", {str(folder / "pids")!r}), command={FAKE!r})
+with server.serve(config, Path({str(folder / "server.log")!r})):
     print("ready", flush=True)
     time.sleep(600)
 """
-    command = [sys.executable, "-c", program]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as caller:
+    line = [sys.executable, "-c", program]
+    with subprocess.Popen(line, stdout=subprocess.PIPE, text=True) as caller:
         assert caller.stdout is not None
         assert caller.stdout.readline() == "ready\n"
-        pids = [int(pid) for pid in pids_file.read_text(encoding="utf-8").split()]
-        os.kill(caller.pid, signal.SIGTERM)
-        assert caller.wait(timeout=30) == 128 + signal.SIGTERM
-    assert wait_until_gone(pids)
+        try:
+            yield caller
+        finally:
+            caller.kill()
+
+
+def pids(folder: Path) -> list[int]:
+    return [int(pid) for pid in (folder / "pids").read_text(encoding="utf-8").split()]
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+def test_a_signal_to_the_command_ends_the_server_too(
+    number: signal.Signals, tmp_path: Path
+) -> None:
+    with command(tmp_path) as caller:
+        os.kill(caller.pid, number)
+        assert caller.wait(timeout=30) == 128 + number
+    assert wait_until_gone(pids(tmp_path))
+
+
+def test_further_signals_leave_no_server_behind(tmp_path: Path) -> None:
+    with command(tmp_path) as caller:
+        os.killpg(pids(tmp_path)[0], signal.SIGSTOP)  # it answers to SIGKILL only
+        for number in (signal.SIGHUP, signal.SIGHUP, signal.SIGTERM):
+            os.kill(caller.pid, number)
+            time.sleep(0.3)
+        assert caller.wait(timeout=30) == 128 + signal.SIGHUP
+    assert wait_until_gone(pids(tmp_path))
+
+
+def test_nohup_is_respected(monkeypatch: pytest.MonkeyPatch) -> None:
+    handled: list[int] = []
+    monkeypatch.setattr(
+        signal, "getsignal", lambda number: signal.SIG_IGN if number == signal.SIGHUP else None
+    )
+    monkeypatch.setattr(signal, "signal", lambda number, handler: handled.append(number))
+    stop_on_signals()
+    assert handled == [signal.SIGTERM]
+
+
+def test_a_server_that_ignores_signals_is_killed_while_a_thread_waits_for_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(server, "_GRACE_SECONDS", 1)
+    monkeypatch.setattr(server, "_ended", threading.Event())
+    posting = threading.Event()
+
+    def ask() -> None:
+        with serve(config(), tmp_path / "server.log") as one:
+            os.killpg(one.process.pid, signal.SIGSTOP)
+            posting.set()
+            one.post("/v1/completions", {})
+
+    with ThreadPoolExecutor(1) as pool:
+        asked = pool.submit(ask)
+        assert posting.wait(30)
+        began = time.monotonic()
+        end_children()
+        with pytest.raises(RuntimeError, match="did not answer"):
+            asked.result(timeout=30)
+        assert time.monotonic() - began < 10
 
 
 def test_metrics_are_parsed() -> None:

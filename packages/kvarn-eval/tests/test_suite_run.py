@@ -317,11 +317,11 @@ def test_only_servers_whose_answers_are_read_parse_reasoning(tmp_path: Path) -> 
     [
         (("nightly",), 2, "There is no suite nightly"),
         (("qwen3-32b-tp2",), 2, "Name its folder with --model"),
-        (("qwen3-32b-tp2", "--model", str(SMALL_MODEL)), 1, "needs 2 NVIDIA GPUs"),
-        (("smoke", "--load-format", "dummy"), 1, "Random weights know no answers"),
-        (("smoke", "--model", "nowhere"), 1, "nowhere has no config.json"),
+        (("qwen3-32b-tp2", "--model", str(SMALL_MODEL)), 2, "needs 2 NVIDIA GPUs"),
+        (("smoke", "--load-format", "dummy"), 2, "Random weights know no answers"),
+        (("smoke", "--model", "nowhere"), 2, "nowhere has no config.json"),
         (("smoke", "--arms", "fp16"), 2, "Arm kvarn cannot be left out"),
-        (("sensitivity", "--parts", "capacity"), 1, "measures no capacity. Choose of accuracy."),
+        (("sensitivity", "--parts", "capacity"), 2, "measures no capacity. Choose of accuracy."),
         (("smoke", "--at-once", "2"), 2, "Drop --at-once, or leave throughput out of --parts"),
     ],
 )

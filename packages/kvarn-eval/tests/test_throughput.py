@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from kvarn_eval.schema import Run
+from kvarn_eval.schema import Run, Verdict
 from kvarn_eval.throughput import Settings, measure_arm, run_throughput
 
 if TYPE_CHECKING:
@@ -109,6 +109,41 @@ def test_the_document_names_options_and_variables(monkeypatch: pytest.MonkeyPatc
     assert {"flash_attn_version=3", "VLLM_USE_V2_MODEL_RUNNER=1", "dtype=float16"} <= set(
         arm.options
     )
+
+
+def test_a_result_holds_neither_secrets_nor_folders_of_the_machine(
+    tmp_path: Path, command: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("VLLM_API_KEY", "hush")
+    monkeypatch.setenv("VLLM_CACHE_ROOT", "/home/alice/cache")
+    compared = Settings("/home/alice/models/X", arms=("fp16",), capacity_tokens=0,
+                        engine={"tokenizer": "/home/alice/words"})  # fmt: skip
+    run, _ = run_throughput(compared, tmp_path, quiet, command=command)
+    assert run.model.name == "X"
+    assert {"model=X", "tokenizer=words"} <= set(run.arms["fp16"].options)
+    text = (tmp_path / "result.json").read_text(encoding="utf-8")
+    assert not [secret for secret in ("alice", "hush", "VLLM_API_KEY") if secret in text]
+
+
+def test_relative_folders_and_variables_of_accepted_results_stay() -> None:
+    variables = {"VLLM_NO_USAGE_STATS": "1", "VLLM_USE_FLASHINFER_SAMPLER": "0"}
+    folder = "packages/kvarn-eval/configs/qwen3-32b"
+    options = Settings(folder, environment=variables).describe("fp16").options
+    assert f"model={folder}" in options
+    assert options[-2:] == ["VLLM_NO_USAGE_STATS=1", "VLLM_USE_FLASHINFER_SAMPLER=0"]
+
+
+def test_an_arm_that_is_missing_leaves_the_comparison_undecided(
+    tmp_path: Path, command: tuple[str, ...]
+) -> None:
+    bursts = ("1x8+8",)
+    both = settings(arms=("fp16", "kvarn"), bursts=bursts)
+    run, _ = run_throughput(both, tmp_path, quiet, command=command)
+    undecided = {g.name: g.reason for g in run.gates if g.verdict is Verdict.INCONCLUSIVE}
+    quantity = "burst_1x8+8.output_throughput"
+    assert undecided == {"burst_1x8+8": f"not measured: kvarn:{quantity}, fp16:{quantity}"}
+    alone, _ = run_throughput(settings(arms=("fp16",)), tmp_path, quiet, command=command)
+    assert alone.gates == []
 
 
 @pytest.mark.parametrize(

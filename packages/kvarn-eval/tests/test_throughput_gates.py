@@ -1,12 +1,14 @@
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 
-from kvarn_eval.schema import Verdict
+from kvarn_eval.schema import Run, Verdict
 from kvarn_eval.throughput_gates import LONG, gates, limits_of, measurements
 
+RESULTS = Path(__file__).parents[1] / "results"
 DECODE = {
     "requests": 16,
     "peak": 16,
@@ -37,9 +39,9 @@ def figures(factor: float = 1.0, speed: float = 1.0, tokens: int = LONG) -> dict
     }
 
 
-def judge(tested: dict[str, Any], reference: dict[str, Any], *, speed: bool = True):
+def judge(tested: dict[str, Any], reference: dict[str, Any], *, speed: bool = True, **asked: Any):
     found = [*measurements("kvarn", tested), *measurements("fp16", reference)]
-    return {gate.name: gate for gate in gates({m.key: m for m in found}, speed=speed)}
+    return {gate.name: gate for gate in gates({m.key: m for m in found}, speed=speed, **asked)}
 
 
 def test_measurements_of_an_arm() -> None:
@@ -55,7 +57,40 @@ def test_measurements_of_an_arm() -> None:
 def test_a_run_without_capacity_has_no_such_measurement() -> None:
     short = {k: v for k, v in figures().items() if k != "capacity"}
     assert "decode_capacity" not in {m.name for m in measurements("fp16", short)}
-    assert "decode_capacity" not in judge(short, figures())
+    assert "decode_capacity" not in judge(short, short, capacity=False)
+    assert judge(short, figures())["decode_capacity"].reason == (
+        "not measured: kvarn:decode_capacity"
+    )
+
+
+@pytest.mark.parametrize("tokens", [LONG, 600])
+def test_what_was_asked_for_and_is_missing_is_never_a_pass(tokens: int) -> None:
+    found = [*measurements("kvarn", figures(4.7, 2.1, tokens)),
+             *measurements("fp16", figures(tokens=tokens))]  # fmt: skip
+    kept = {m.key: m for m in found if m.name in ("pool_tokens", "requests_that_fit")}
+    judged = {gate.name: gate for gate in gates(kept, speed=True)}
+    decided = {name for name, gate in judged.items() if gate.verdict is Verdict.PASS}
+    assert decided == {"pool_tokens", "requests_that_fit"}
+    undecided = {name for name, gate in judged.items() if gate.verdict is Verdict.INCONCLUSIVE}
+    assert undecided == {
+        "reported_tokens", "prefill", "decode_equal", "decode_capacity", "startup_seconds",
+        "steady_steps",
+    }  # fmt: skip
+    assert all(judged[name].required for name in undecided)
+    assert judged["prefill"].reason == "not measured: kvarn:prefill, fp16:prefill"
+
+
+@pytest.mark.parametrize("name", ["aligned-h200", "qwen3-32b-h200", "qwen3-32b-h200-cuda"])
+def test_nothing_is_missing_in_the_results_that_are_kept(name: str) -> None:
+    run = Run.load(RESULTS / f"throughput-{name}" / "result.json")
+    judged = gates(
+        {m.key: m for m in run.measurements},
+        speed=True,
+        arms=tuple(run.arms),
+        capacity="--capacity-tokens" not in run.command,
+    )
+    assert {gate.name for gate in run.gates} <= {gate.name for gate in judged}
+    assert Verdict.INCONCLUSIVE not in {gate.verdict for gate in judged}
 
 
 @pytest.mark.parametrize(

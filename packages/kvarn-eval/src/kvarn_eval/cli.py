@@ -1,16 +1,17 @@
 """Command line: ``kvarn-eval demo | run | fidelity | throughput | compare | report | train | ...``.
 
-Exit status: 0 all required gates pass, 1 one fails, 2 wrong usage, 3 the evidence does not decide.
+Exit status: 0 all required gates pass, 1 one fails, or a server does, 2 wrong usage, or something
+that the measurement needs is missing, 3 the evidence does not decide.
 """
 
 from __future__ import annotations
 
-import signal
 import sys
 from pathlib import Path
 from typing import Annotated
 
 import typer
+from pydantic import ValidationError
 from rich.console import Console
 
 from kvarn_eval import cli_compare, cli_model
@@ -18,7 +19,7 @@ from kvarn_eval import report as reports
 from kvarn_eval.cli_run import run
 from kvarn_eval.schema import Run
 from kvarn_eval.small_model import SMALL_MODEL
-from kvarn_eval.terminal import console, fail_usage, finish, progress_bars, stop_on_signal
+from kvarn_eval.terminal import console, fail, fail_usage, finish, progress_bars, stop_on_signals
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, help=__doc__, rich_markup_mode=None)
 app.command()(run)
@@ -32,6 +33,20 @@ def _check_model(folder: Path) -> None:
         fail_usage(
             f"{folder} has no model.safetensors. Name the small model's folder with --model."
         )
+
+
+def _load_baseline(path: Path, profiles: tuple[str, ...]) -> Run:
+    try:
+        run = Run.load(path)
+    except (OSError, ValueError):
+        fail_usage(f"{path} is not a result of this version. Name the result.json of a run.")
+    known = {m.key for m in run.measurements}
+    if lacking := [name for name in profiles if f"kvarn:{name}.kld_mean" not in known]:
+        fail_usage(
+            f"{path} does not hold the fidelity of kvarn on profile {lacking[0]}. Name a result of "
+            "kvarn-eval fidelity with the same profiles."
+        )
+    return run
 
 
 @app.command()
@@ -51,7 +66,7 @@ def demo(
     if kv_cache_dtype not in PRESETS:
         fail_usage(f"{kv_cache_dtype} is not a preset. Choose one of {', '.join(PRESETS)}.")
     out.mkdir(parents=True, exist_ok=True)
-    signal.signal(signal.SIGTERM, stop_on_signal)
+    stop_on_signals()
     settings = Settings(
         model=model, cache_dtype=kv_cache_dtype, items=items, cache_bytes=cache_mib << 20
     )
@@ -59,8 +74,7 @@ def demo(
         with progress_bars() as progress:
             run = run_demo(settings, out, progress)
     except RuntimeError as error:
-        console.print(str(error), style="red", markup=False, soft_wrap=True)
-        raise typer.Exit(1) from error
+        fail(error)
     if not as_json:
         Console().print(reports.comparison(run, REFERENCE, TESTED))
     finish(run, out, as_json)
@@ -99,10 +113,12 @@ def fidelity(
         fail_usage(f"Unknown profile {unknown.pop()}. Choose of {', '.join(PROFILES)}.")
     out.mkdir(parents=True, exist_ok=True)
     settings = Settings(sequences, problems, length, profiles, PRESETS[preset], device)
-    earlier = Run.load(baseline) if baseline else None
+    earlier = _load_baseline(baseline, profiles) if baseline else None
     try:
         with progress_bars() as progress:
             run = run_fidelity(model, settings, progress, earlier)
+    except ValidationError as error:
+        fail(error)
     except ValueError as error:
         fail_usage(str(error))
     finish(run, out, as_json)
@@ -162,7 +178,7 @@ def throughput(
     else:
         engine["kv_cache_memory_bytes"] = cache_mib << 20
     out.mkdir(parents=True, exist_ok=True)
-    signal.signal(signal.SIGTERM, stop_on_signal)
+    stop_on_signals()
     try:
         settings = Settings(
             model=model,
@@ -181,11 +197,10 @@ def throughput(
         )
         with progress_bars() as progress:
             run, errors = run_throughput(settings, out, progress, reuse=reuse)
+    except (RuntimeError, ValidationError) as error:
+        fail(error)
     except ValueError as error:
         fail_usage(str(error))
-    except RuntimeError as error:
-        console.print(str(error), style="red", markup=False, soft_wrap=True)
-        raise typer.Exit(1) from error
     for problem in errors:
         console.print(problem, style="red", markup=False, soft_wrap=True)
     if figures:

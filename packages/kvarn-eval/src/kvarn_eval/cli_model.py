@@ -12,7 +12,7 @@ from typing import Annotated, Any, NoReturn
 import typer
 
 from kvarn_eval.small_model import SMALL_MODEL
-from kvarn_eval.terminal import console, fail_usage, progress_bars
+from kvarn_eval.terminal import console, fail, fail_usage, progress_bars
 
 UNFINISHED = 3  # exit status of a training run that was cut short
 
@@ -29,11 +29,6 @@ def _end(out: Path, log: dict[str, Any], as_json: bool) -> NoReturn:
         )
         raise typer.Exit(UNFINISHED)
     raise typer.Exit(0)
-
-
-def _fail(error: Exception) -> NoReturn:
-    console.print(str(error), style="red", markup=False, soft_wrap=True)
-    raise typer.Exit(1) from error
 
 
 def solve(
@@ -112,7 +107,7 @@ def train(
     except ValueError as error:
         fail_usage(str(error))
     except RuntimeError as error:
-        _fail(error)
+        fail(error)
     _end(out, log, as_json)
 
 
@@ -132,5 +127,5 @@ def examine(
     except ValueError as error:
         fail_usage(str(error))
     except RuntimeError as error:
-        _fail(error)
+        fail(error)
     _end(model, log, as_json)

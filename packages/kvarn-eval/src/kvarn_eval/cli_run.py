@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import signal
 from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
 
 import typer
+from pydantic import ValidationError
 
 from kvarn_eval.small_model import SMALL_MODEL
-from kvarn_eval.terminal import console, fail_usage, finish, progress_bars, stop_on_signal
+from kvarn_eval.terminal import console, fail, fail_usage, finish, progress_bars, stop_on_signals
 
 
 def run(
@@ -99,7 +99,7 @@ def run(
             "Arms that run side by side slow each other down. Drop --at-once, or leave throughput "
             "out of --parts."
         )
-    signal.signal(signal.SIGTERM, stop_on_signal)
+    stop_on_signals()
     try:
         with progress_bars() as progress:
             check_all(setup, progress)
@@ -110,9 +110,8 @@ def run(
             else:
                 setup = replace(setup, weights_sha256=weights_sha256(checkpoint))
             result = run_suite(setup, progress, reuse=reuse)
-    except ValueError as error:
+    except (RuntimeError, ValidationError) as error:
+        fail(error, folder / "result.json")
+    except (Missing, ValueError) as error:
         fail_usage(str(error))
-    except (Missing, RuntimeError) as error:
-        console.print(str(error), style="red", markup=False, soft_wrap=True)
-        raise typer.Exit(1) from error
     finish(result, folder, as_json)

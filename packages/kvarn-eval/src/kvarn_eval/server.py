@@ -222,8 +222,8 @@ def end_children() -> None:
     """End what other threads have started; they see their program end. None starts again."""
     with _starting:
         _ended.set()
-        for process in tuple(_running):  # threads take theirs away as it ends
-            _signal_group(process, signal.SIGTERM)
+        running = tuple(_running)  # threads take theirs away as it ends
+    _stop(*running)
 
 
 def run_child(
@@ -298,14 +298,15 @@ def _signal_group(process: subprocess.Popen[bytes], number: int) -> bool:
     return True
 
 
-def _stop(process: subprocess.Popen[bytes]) -> None:
-    """End the group: politely, then by force; returns when nothing of it is left."""
-    _signal_group(process, signal.SIGTERM)
+def _stop(*processes: subprocess.Popen[bytes]) -> None:
+    """End their groups: politely, then by force; returns when nothing of them is left."""
+    left = [process for process in processes if _signal_group(process, signal.SIGTERM)]
     deadline = time.monotonic() + _GRACE_SECONDS
-    while time.monotonic() < deadline:
-        process.poll()  # reap the leader, or its group never becomes empty
-        if not _signal_group(process, 0):
-            return
+    while left and time.monotonic() < deadline:
         time.sleep(0.1)
-    _signal_group(process, signal.SIGKILL)
-    process.wait()
+        for process in left:
+            process.poll()  # reap the leader, or its group never becomes empty
+        left = [process for process in left if _signal_group(process, 0)]
+    for process in left:
+        _signal_group(process, signal.SIGKILL)
+        process.wait()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import sys
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, NoReturn
@@ -18,12 +19,11 @@ from rich.progress import (
 )
 
 from kvarn_eval import report as reports
+from kvarn_eval.schema import Run
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
     from pathlib import Path
-
-    from kvarn_eval.schema import Run
 
 console = Console(stderr=True)
 
@@ -48,15 +48,36 @@ def progress_bars() -> Iterator[Callable[[str, int, int], None]]:
         yield show
 
 
+STOPPING = (signal.SIGTERM, signal.SIGHUP)
+
+
+def stop_on_signals() -> None:
+    """Reap servers also when asked to stop and when the terminal closes."""
+    for number in STOPPING:
+        if signal.getsignal(number) is not signal.SIG_IGN:  # as nohup leaves SIGHUP
+            signal.signal(number, stop_on_signal)
+
+
 def stop_on_signal(number: int, frame: object) -> NoReturn:
-    """Turn SIGTERM into an exception, so that servers are reaped."""
+    """Turn the first signal into an exception; others do not interrupt the reaping."""
+    for other in STOPPING:
+        signal.signal(other, signal.SIG_IGN)
     raise SystemExit(128 + number)
 
 
 def fail_usage(message: str) -> NoReturn:
-    """Print what is wrong with a command; exit status 2."""
-    console.print(message, style="red", markup=False)
+    """Print what is wrong with a command, or what it lacks; exit status 2."""
+    console.print(message, style="red", markup=False, soft_wrap=True)
     raise typer.Exit(2)
+
+
+def fail(error: Exception, result: Path | None = None) -> NoReturn:
+    """Print why a measurement failed, and render what is in `result` so far; exit status 1."""
+    what = "No result can hold what was measured. " if isinstance(error, ValueError) else ""
+    console.print(f"{what}{error}", style="red", markup=False, soft_wrap=True)
+    if result is not None and result.is_file():
+        reports.render(Run.load(result), result.parent)
+    raise typer.Exit(1) from error
 
 
 def finish(run: Run, out: Path, as_json: bool) -> NoReturn:

@@ -20,13 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 from kvarn_core.testing.throttle import slowdown_us, slowed
 from kvarn_eval.engine_bench import Plan, burst_shape
-from kvarn_eval.schema import (
-    Arm,
-    Model,
-    Run,
-    describe_run,
-    find_gpus,
-)
+from kvarn_eval.schema import Arm, Model, Run, describe_run, find_gpus, portable
 from kvarn_eval.server import OFFLINE, run_child
 from kvarn_eval.throughput_gates import REFERENCE, TESTED, gates, limits_of, measurements
 
@@ -37,6 +31,28 @@ if TYPE_CHECKING:
 CHILD = (sys.executable, "-m", "kvarn_eval.engine_bench")
 REPORTED = re.compile(r"KV cache size: ([\d,]+) tokens")
 FLASH_ATTENTION = "flash_attn_version"
+# What a result says of the environment: an allow-list, because others hold keys and folders.
+VARIABLES = (
+    "VLLM_ALLREDUCE_USE_FLASHINFER",
+    "VLLM_ALLREDUCE_USE_SYMM_MEM",
+    "VLLM_ATTENTION_BACKEND",
+    "VLLM_BATCH_INVARIANT",
+    "VLLM_CPU_KVCACHE_SPACE",
+    "VLLM_CPU_OMP_THREADS_BIND",
+    "VLLM_DISABLE_COMPILE_CACHE",
+    "VLLM_ENABLE_INDUCTOR_MAX_AUTOTUNE",
+    "VLLM_ENABLE_V1_MULTIPROCESSING",
+    "VLLM_FLASHINFER_ALLREDUCE_BACKEND",
+    "VLLM_KV_CACHE_LAYOUT",
+    "VLLM_MEMORY_PROFILER_ESTIMATE_CUDAGRAPHS",
+    "VLLM_NO_USAGE_STATS",  # no matter of speed, but named in results that must stay comparable
+    "VLLM_USE_AOT_COMPILE",
+    "VLLM_USE_BREAKABLE_CUDAGRAPH",
+    "VLLM_USE_FLASHINFER_SAMPLER",
+    "VLLM_USE_NCCL_SYMM_MEM",
+    "VLLM_USE_V2_MODEL_RUNNER",
+    "VLLM_WORKER_MULTIPROC_METHOD",
+)
 
 
 @dataclass(frozen=True)
@@ -145,8 +161,8 @@ class Settings:
         if plan.flash_attn_version is not None:
             options.append(f"{FLASH_ATTENTION}={plan.flash_attn_version}")
         variables = {**os.environ, **self.environment}
-        options += [f"{k}={v}" for k, v in sorted(variables.items()) if k.startswith("VLLM_")]
-        return Arm(kv_cache_dtype=self.cache(arm).kv_cache_dtype, options=options)
+        options += [f"{name}={variables[name]}" for name in VARIABLES if name in variables]
+        return Arm(kv_cache_dtype=self.cache(arm).kv_cache_dtype, options=portable(options))
 
 
 def measure_arm(
@@ -256,7 +272,8 @@ def run_throughput(
     began = time.monotonic()
     found: dict[str, dict[str, Any]] = {}
     errors: list[str] = []
-    model = Model(name=settings.model, weights_sha256=None, dtype=settings.dtype)
+    name = portable([settings.model])[0]
+    model = Model(name=name, weights_sha256=None, dtype=settings.dtype)
     header = describe_run("throughput", _digest(settings), model)
     run = None
     for done, arm in enumerate(settings.arms):
@@ -291,7 +308,14 @@ def assemble(
             "seconds": round(seconds, 1),
             "arms": {arm: settings.describe(arm) for arm in found},
             "measurements": measured,
-            "gates": gates(by_key, speed=bool(gpus), limits=limits_of(gpus)),
+            "gates": gates(
+                by_key,
+                speed=bool(gpus),
+                limits=limits_of(gpus),
+                arms=settings.arms,
+                capacity=settings.capacity_tokens > 0,
+                bursts=settings.bursts,
+            ),
         }
     )
 

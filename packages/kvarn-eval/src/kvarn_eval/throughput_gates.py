@@ -10,7 +10,7 @@ from kvarn_eval.engine_bench import burst_shape
 from kvarn_eval.schema import Gate, Measurement, Unit, Verdict, measure
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Collection, Iterator
 
 REFERENCE, TESTED = "fp16", "kvarn"
 CAPACITY = ("pool_tokens", "reported_tokens", "requests_that_fit")  # what no GPU is needed for
@@ -143,9 +143,17 @@ def _bursts(arm: str, bursts: list[dict[str, Any]], raw: str) -> list[Measuremen
 
 
 def gates(
-    measured: dict[str, Measurement], *, speed: bool, limits: Limits | None = None
+    measured: dict[str, Measurement],
+    *,
+    speed: bool,
+    limits: Limits | None = None,
+    arms: Collection[str] = (TESTED, REFERENCE),
+    capacity: bool = True,
+    bursts: Collection[str] = (),
 ) -> list[Gate]:
     """Rules between the tested arm and the reference, and whether its own steps are alike.
+
+    A rule whose measurements were asked for and are not there is required and decides nothing.
 
     Parameters
     ----------
@@ -155,6 +163,10 @@ def gates(
         Whether speed is required; it is not without a GPU.
     limits : Limits, optional
         What must be reached.
+    arms, bursts : collection of str
+        Arms and bursts that were asked for.
+    capacity : bool
+        Whether decode with as many requests as fit was asked for.
 
     Returns
     -------
@@ -169,10 +181,12 @@ def gates(
     )
     slowdown = {arm: measured.get(f"{arm}:slowdown") for arm in (TESTED, REFERENCE)}
     slow = " and ".join(arm for arm, seen in slowdown.items() if seen and seen.median)
-    for name, limit, quantity in _rules(measured, limits or Limits()):
+    rules = _rules(measured, limits or Limits(), capacity, bursts)
+    for name, limit, quantity in rules if {TESTED, REFERENCE} <= set(arms) else ():
         difference = name == "startup_seconds"
         keys = [f"{arm}:{quantity}" for arm in (TESTED, REFERENCE)]
         if not all(key in measured for key in keys):
+            found.append(_undecided(name, keys, measured))
             continue
         tested, reference = (measured[key].median for key in keys)
         value = tested - reference if difference else tested / max(reference, 1e-9)
@@ -196,37 +210,54 @@ def gates(
                 evidence=keys,
             )
         )
-    return found + _steady(measured, speed=speed, slow=slow)
+    if TESTED in arms:
+        found.append(_steady(measured, speed=speed, slow=slow))
+    return found
 
 
-def _steady(measured: dict[str, Measurement], *, speed: bool, slow: str) -> list[Gate]:
+def _undecided(name: str, keys: list[str], measured: dict[str, Measurement]) -> Gate:
+    lacking = [key for key in keys if key not in measured]
+    return Gate(
+        name=name,
+        rule="number of quantities that were not measured <= limit",
+        value=len(lacking),
+        limit=0,
+        verdict=Verdict.INCONCLUSIVE,
+        reason=f"not measured: {', '.join(lacking)}",
+        evidence=[key for key in keys if key in measured],
+    )
+
+
+def _steady(measured: dict[str, Measurement], *, speed: bool, slow: str) -> Gate:
     """Steps in which all requests of the tested arm complete a tile take no longer than others."""
     keys = [f"{TESTED}:decode_equal.step_{point}" for point in ("p99", "p50")]
     if not all(key in measured for key in keys):
-        return []
+        return _undecided("steady_steps", keys, measured)
     worst, middle = (measured[key].median for key in keys)
     value = worst / max(middle, 1e-9)
     verdict = Verdict.PASS if value <= UNSTEADY else Verdict.FAIL
-    return [
-        Gate(
-            name="steady_steps",
-            rule="decode_equal.step_p99(kvarn) / decode_equal.step_p50(kvarn) <= limit",
-            value=value,
-            limit=UNSTEADY,
-            required=speed,
-            verdict=Verdict.INCONCLUSIVE if slow else verdict,
-            reason=f"{worst:.4g} against {middle:.4g} s",
-            evidence=keys,
-        )
-    ]
+    return Gate(
+        name="steady_steps",
+        rule="decode_equal.step_p99(kvarn) / decode_equal.step_p50(kvarn) <= limit",
+        value=value,
+        limit=UNSTEADY,
+        required=speed,
+        verdict=Verdict.INCONCLUSIVE if slow else verdict,
+        reason=f"{worst:.4g} against {middle:.4g} s",
+        evidence=keys,
+    )
 
 
-def _rules(measured: dict[str, Measurement], limits: Limits) -> Iterator[tuple[str, float, str]]:
+def _rules(
+    measured: dict[str, Measurement], limits: Limits, capacity: bool, bursts: Collection[str]
+) -> Iterator[tuple[str, float, str]]:
     """Name of a gate, its limit, and the quantity that it compares."""
     for name, limit in vars(limits).items():
-        if name not in BURSTS:
+        if name not in BURSTS and (capacity or name != "decode_capacity"):
             yield name, limit, "startup" if name == "startup_seconds" else name
-    for quantity in sorted({m.name for m in measured.values() if BURST_SPEED.fullmatch(m.name)}):
+    quantities = {m.name for m in measured.values() if BURST_SPEED.fullmatch(m.name)}
+    quantities |= {f"burst_{text}.output_throughput" for text in bursts}
+    for quantity in sorted(quantities):
         text = quantity.partition("_")[2].partition(".")[0]
         requests, prompt, answer = burst_shape(text)
         # where the cache is full for a while, and prefill is not most of the work

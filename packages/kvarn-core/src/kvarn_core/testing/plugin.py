@@ -1,4 +1,4 @@
-"""pytest plugin: unwritten memory is never zero, and a GPU can be demanded.
+"""pytest plugin: unwritten memory is never zero, and GPUs can be demanded.
 
 Load it with ``-p kvarn_core.testing.plugin``.
 """
@@ -6,6 +6,7 @@ Load it with ``-p kvarn_core.testing.plugin``.
 from __future__ import annotations
 
 import os
+import re
 import sys
 from typing import TYPE_CHECKING, Any
 
@@ -18,13 +19,29 @@ if TYPE_CHECKING:
 POISONED = ("empty", "empty_like", "empty_strided")
 POISONED_METHODS = ("new_empty",)
 POISON_BYTE = 0xFF  # NaN in every floating dtype, the largest code in a record
+COUNTS = {"a": 1, "two": 2, "four": 4, "eight": 8}
+WANT_OF_GPUS = re.compile(rf"needs ({'|'.join(COUNTS)}) CUDA GPUs?\b")  # why a test was skipped
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     """Add ``--require-gpu``."""
     parser.addoption(
-        "--require-gpu", action="store_true", help="fail unless at least one GPU test ran"
+        "--require-gpu",
+        nargs="?",
+        type=int,
+        const=1,
+        default=0,
+        metavar="N",
+        help="fail without N GPUs (default 1), if no GPU test ran, or if one was skipped for want"
+        " of no more than N",
     )
+
+
+def pytest_sessionstart(session: pytest.Session) -> None:
+    """Refuse a machine with fewer GPUs than are required."""
+    required = session.config.getoption("--require-gpu")
+    if required and (found := torch.cuda.device_count()) < required:
+        raise pytest.UsageError(f"--require-gpu: torch sees {found} of {required} CUDA GPUs.")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -46,17 +63,24 @@ def kernel_device() -> torch.device:
 
 
 def pytest_runtest_logreport(report: pytest.TestReport) -> None:
-    """Count the GPU tests that ran."""
+    """Count the GPU tests that ran, and note those that lacked GPUs."""
     if report.when == "call" and not report.skipped and {"gpu", "kernel"} & set(report.keywords):
         _GPU_TESTS.append(report.nodeid)
+    want = WANT_OF_GPUS.search(report.longreprtext) if report.skipped else None
+    if want and "gpu" in report.keywords:
+        _LACKING[report.nodeid] = COUNTS[want[1]]
 
 
 def pytest_sessionfinish(session: pytest.Session) -> None:
-    """Turn "no GPU test ran" into a failure if a GPU is required."""
-    worker = hasattr(session.config, "workerinput")
-    if session.config.getoption("--require-gpu") and not worker and not _GPU_TESTS:
+    """Turn GPU tests that did not run into a failure if GPUs are required."""
+    required = session.config.getoption("--require-gpu")
+    if not required or hasattr(session.config, "workerinput"):
+        return
+    lacking = [test for test, count in _LACKING.items() if count <= required]
+    if lacking or not _GPU_TESTS:
         session.exitstatus = pytest.ExitCode.TESTS_FAILED
-        print("\n--require-gpu: no GPU test ran.", file=sys.stderr)
+        what = f"{lacking[0]} saw too few GPUs" if lacking else "no GPU test ran"
+        print(f"\n--require-gpu: {what}.", file=sys.stderr)
 
 
 @pytest.fixture
@@ -90,6 +114,7 @@ def poison(tensor: torch.Tensor) -> torch.Tensor:
 
 
 _GPU_TESTS: list[str] = []
+_LACKING: dict[str, int] = {}  # GPUs that a skipped test needs, by its name
 
 
 def _interpreted() -> bool:
