@@ -60,6 +60,7 @@ def newer_kvarn(data: dict[str, Any]) -> None:
         pytest.param([scaled(CASE, OURS, 1.02, ONE_PER_CENT)], Verdict.PASS, id="2 %, noise 1 %"),
         pytest.param([scaled(CASE, OURS, 1.10, NOISY)], Verdict.INCONCLUSIVE, id="noise 22 %"),
         pytest.param([scaled(CASE, OURS, 1.10, (1.0,) * 4)], Verdict.INCONCLUSIVE, id="4 samples"),
+        pytest.param([scaled(CASE, OURS, -0.1)], Verdict.INCONCLUSIVE, id="less than nothing"),
         pytest.param([other_gpu], Verdict.INCONCLUSIVE, id="another GPU"),
         pytest.param([slow_clock], Verdict.INCONCLUSIVE, id="a lower clock"),
         pytest.param([other_torch], Verdict.INCONCLUSIVE, id="another torch"),

@@ -258,7 +258,7 @@ def reduce_load(
     Raises
     ------
     RuntimeError
-        If a request failed, or prompts or answers are not as long as `load.prompts` says.
+        If a request failed, or answers are not as long as `load.prompts` says.
     """
     lines = load.prompts.read_text(encoding="utf-8").splitlines()[: load.requests]
     asked = [int(json.loads(line)["output_tokens"]) for line in lines]

@@ -188,6 +188,17 @@ def compare_speed(pair: Pair, doubts: list[str]) -> Change | None:
     if threshold is None:
         return None
     higher = pair.base.better == "higher"
+    few = min(len(pair.base.samples), len(pair.head.samples)) < MIN_SAMPLES
+    required = pair.ours and not (pair.once and few)
+    if min(*pair.base.samples, *pair.head.samples) <= 0:  # a slope that noise turned downwards
+        return pair.change(
+            Verdict.INCONCLUSIVE,
+            "a speed of zero or less cannot be compared",
+            rule="loss of speed <= limit",
+            value=0.0,
+            limit=threshold,
+            required=required,
+        )
     found = speed_change(pair.base.samples, pair.head.samples, threshold, higher_is_better=higher)
     way = "slower" if found.loss > 0 else "faster"
     reason = f"{100 * abs(found.loss):.1f} % {way}, noise {100 * found.noise:.1f} %"
@@ -197,14 +208,13 @@ def compare_speed(pair: Pair, doubts: list[str]) -> Change | None:
     elif verdict is Verdict.INCONCLUSIVE:
         quiet = found.noise <= threshold
         reason += "; too few samples" if quiet else f", above {100 * threshold:g} %"
-    few = min(len(pair.base.samples), len(pair.head.samples)) < MIN_SAMPLES
     return pair.change(
         verdict,
         reason,
         rule="loss of speed <= limit",
         value=found.loss,
         limit=found.limit,
-        required=pair.ours and not (pair.once and few),
+        required=required,
     )
 
 

@@ -84,10 +84,9 @@ class Scores:
         return [float(np.mean(values)) for values in self.scores.values()]
 
     def share_reading_records(self, first_packed: int) -> float:
-        """Least share of generated tokens whose query stands at or after `first_packed`.
+        """Share of generated tokens whose query stands at or after `first_packed`.
 
-        From the mean length alone: tokens past a border are convex in the length, so the mean of an
-        item's answers gives a lower bound.
+        As if every answer had the mean length, which is all that the server's counters tell.
         """
         before = np.maximum(first_packed - np.array(self.prompt_tokens) + 1, 0)
         past = np.maximum(self.generated - before, 0)
