@@ -65,11 +65,13 @@ def test_everything_that_matters_is_part_of_the_key(program: Program) -> None:
 
 
 def test_a_folder_that_takes_no_more_files_stops_nothing(
-    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     def full(**where: object) -> None:
         raise OSError(28, "No space left on device")
 
+    caplog.set_level("WARNING", logger=nvrtc.logger.name)
+    monkeypatch.setenv("KVARN_CACHE_DIR", str(tmp_path / "kvarn"))
     monkeypatch.setattr(nvrtc.tempfile, "mkstemp", full)
     nvrtc._write("key", b"binary")
     assert "No space left on device" in caplog.text
