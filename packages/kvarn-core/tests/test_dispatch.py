@@ -1,12 +1,13 @@
 from __future__ import annotations
 
+from contextlib import nullcontext
 from typing import TYPE_CHECKING
 
 import pytest
 import torch
 
 from kvarn_core import PRESETS, RecordLayout, dispatch
-from kvarn_core.dispatch import explain, select
+from kvarn_core.dispatch import explain, on, select
 from kvarn_core.spec import DEBUG_PRESETS
 
 if TYPE_CHECKING:
@@ -133,6 +134,14 @@ def test_hopper_runs_cuda_when_asked_for(capability: None, monkeypatch: pytest.M
 def test_other_gpus_refuse_cuda(capability: None) -> None:
     with pytest.raises(RuntimeError, match=r"^The cuda engine cannot run: .* need exactly 9\.0"):
         select(GPU, LAYOUT, "cuda")
+
+
+def test_kernels_run_on_the_gpu_of_their_tensors(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "device", lambda device: device)
+    assert on(torch.device("cuda", 1)) == torch.device("cuda", 1)
+    for here in (torch.device("cuda", 0), CPU):
+        assert isinstance(on(here), nullcontext)
 
 
 def test_the_cpu_refuses_cuda() -> None:

@@ -100,6 +100,10 @@ def in_cuda(launches: set[str], monkeypatch: Any) -> set[str]:
 
     monkeypatch.setattr("kvarn_core.dispatch._cuda_obstacle", lambda device: None)
     monkeypatch.setattr(decode, "_processors", lambda device: 8)  # so that few requests are many
+    monkeypatch.setattr(
+        workspace, "workspace_bytes",
+        lambda *sizes: decode.workspace_bytes(*sizes, torch.device("cpu")),
+    )  # fmt: skip
     forms: set[str] = set()
 
     class Kernel:
@@ -145,7 +149,7 @@ def warm_and_serve(preset: str, engine: str, launches: set[str], monkeypatch: An
     monkeypatch.setattr(workspace, "_take", take)
     monkeypatch.setattr(workspace, "CONTEXT_TOKENS", 256)
     layout = record_layout(preset, HEAD_DIM)
-    scratch = Workspace(layout, Q_HEADS, KV_HEADS, max_requests=32, engine="triton")
+    scratch = Workspace(layout, Q_HEADS, KV_HEADS, max_requests=32, engine=engine)
     path = Batched(layout, Recipe.KVARN, 0.125, engine, NoAttention(), scratch)
     path.warm_up(torch.empty(7, Q_HEADS, HEAD_DIM, dtype=torch.float16))
     warm = set(launches)

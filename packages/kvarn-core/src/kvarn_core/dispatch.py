@@ -9,12 +9,15 @@ from __future__ import annotations
 
 import importlib.util
 import os
+from contextlib import nullcontext
 from functools import cache
 from typing import TYPE_CHECKING
 
 import torch
 
 if TYPE_CHECKING:
+    from contextlib import AbstractContextManager
+
     from kvarn_core.layout import RecordLayout
 
 ENGINES = ("reference", "triton", "cuda")
@@ -90,6 +93,13 @@ def _select(
 
 
 _select_on_gpu = cache(_select)
+
+
+def on(device: torch.device) -> AbstractContextManager[object]:
+    """Make `device` the current GPU for a ``with`` block; Triton launches on the current one."""
+    if device.type != "cuda" or device.index == torch.cuda.current_device():
+        return nullcontext()
+    return torch.cuda.device(device)
 
 
 def explain(device: torch.device, layout: RecordLayout | None, engine: str | None = None) -> str:

@@ -330,13 +330,16 @@ def _write(key: str, binary: bytes) -> None:
     folder = _private_folder()
     if folder is None:
         return
+    unfinished = None
     try:
-        handle, path = tempfile.mkstemp(dir=folder)
+        handle, unfinished = tempfile.mkstemp(dir=folder)
         with os.fdopen(handle, "wb") as file:
             file.write(hashlib.sha256(binary).digest() + binary)
-        Path(path).replace(folder / key)
+        Path(unfinished).replace(folder / key)
     except OSError as error:
         logger.warning(NOT_KEPT, folder, error)
+        if unfinished is not None:
+            Path(unfinished).unlink(missing_ok=True)
 
 
 def _private_folder() -> Path | None:

@@ -195,6 +195,28 @@ def test_large_scores_do_not_overflow() -> None:
     assert lse.isfinite().all()
 
 
+@pytest.mark.parametrize(
+    ("name", "wrong"),
+    [
+        ("cache", torch.zeros(9, 2, RecordLayout(PRESETS["kvarn_k2v2_g64"], 64).record_bytes)),
+        ("page_table", torch.zeros(1, 30, dtype=torch.int64)),
+        ("page_table", torch.zeros(1, 3, dtype=torch.int32)),
+        ("page_table", torch.zeros(0, 30, dtype=torch.int32)),
+        ("seq_lens", torch.tensor([10])),
+        ("out", torch.zeros(1, 4, 64, dtype=torch.float16)),
+        ("lse", torch.zeros(1, 3)),
+    ],
+)
+def test_arguments_that_do_not_fit_are_named(name: str, wrong: torch.Tensor) -> None:
+    paging = _stored(SMALL, [10])
+    tokens, query = torch.tensor([10], dtype=torch.int32), torch.zeros(1, 4, 64)
+    places = {"cache": paging.cache, "page_table": paging.page_table, "seq_lens": tokens}
+    results = {"out": torch.zeros(1, 4, 64), "lse": torch.zeros(1, 4)}
+    given = {**places, **results, name: wrong.byte() if name == "cache" else wrong}
+    with pytest.raises(ValueError, match=rf"^{name} has .* (Pass|needs) "):
+        decode(query, layout=SMALL, sm_scale=1.0, **given)
+
+
 def test_a_wrong_query_is_named() -> None:
     paging = _stored(SMALL, [10])
     message = r"^query has shape \(1, 3, 64\)\. Pass \[B, Hq, 64\] with Hq a multiple of the 2 KV"

@@ -174,6 +174,24 @@ def test_what_one_layer_prepared_serves_another(kernel_device: torch.device) -> 
         assert_same_bits(lse, want_lse)
 
 
+@pytest.mark.parametrize("name", ["cache", "page_table", "seq_lens", "query", "lse"])
+def test_tensors_that_lie_otherwise_than_kernels_read_are_refused(
+    name: str, kernel_device: torch.device
+) -> None:
+    paging = _stored(SMALL, (5, 9), 2)
+    given = {
+        "query": _query(paging, 2, torch.float16).to(kernel_device),
+        "cache": paging.cache.to(kernel_device),
+        "page_table": paging.page_table.to(kernel_device),
+        "seq_lens": torch.tensor([5, 9], dtype=torch.int32, device=kernel_device),
+    }
+    given["lse"] = torch.zeros(given["query"].shape[:2], device=kernel_device)
+    apart = given[name].new_zeros(*given[name].shape, 2)
+    given[name] = apart[..., 0].copy_(given[name])
+    with pytest.raises(ValueError, match=f"^{name} has strides .* Pass "):
+        decode(**given, layout=SMALL, sm_scale=1.0, engine="triton")
+
+
 def test_a_workspace_that_is_too_small_is_refused(kernel_device: torch.device) -> None:
     paging = _stored(SMALL, (5,), 1)
     query = _query(paging, 1, torch.float16).to(kernel_device)

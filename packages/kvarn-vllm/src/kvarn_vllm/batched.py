@@ -156,7 +156,7 @@ class Batched:
             append=write("append", requests, 1 if step.prefill else longest),
             decode=decode.prepare(
                 query[decodes], cache, *requests[:2], layout=self.layout, sm_scale=self.scale,
-                out=output[decodes], lse=lse, workspace=scratch, engine=self.engine,
+                out=output[decodes], lse=lse[decodes], workspace=scratch, engine=self.engine,
             ),
             decodes=decodes,
             prefills=sink_and_ring,

@@ -58,8 +58,9 @@ def decode(
         Receives the log-sum-exp.
     workspace : Tensor [n], uint8, optional
         Scratch memory of a kernel, n >= `workspace_bytes`, 16-byte aligned. Zero before its first
-        use, used for nothing else and by one engine, one layout and one call at a time: the cuda
-        engine keeps counters in it, which every call leaves at zero.
+        use, used for nothing else and by one engine, one layout, one number of query and of KV
+        heads, and one call at a time: the cuda engine keeps counters in it, which every call leaves
+        at zero.
     engine : str, optional
         Forces an engine; see `kvarn_core.dispatch`.
 
@@ -73,8 +74,8 @@ def decode(
     Raises
     ------
     ValueError
-        If a shape disagrees with `layout` or with `cache`, `workspace` is too small, or rows of
-        `query` or `out` lie where the cuda engine cannot read or write them.
+        If a shape or dtype disagrees with `layout` or with `cache`, `workspace` is too small, or a
+        kernel could not read or write a tensor where it lies. The message names the argument.
 
     Notes
     -----
@@ -130,14 +131,11 @@ def prepare(
     ValueError
         As `decode`.
     """
-    if query.shape[2] != layout.head_dim or query.shape[1] % cache.shape[1]:
-        raise ValueError(
-            f"query has shape {tuple(query.shape)}. Pass [B, Hq, {layout.head_dim}] with Hq a "
-            f"multiple of the {cache.shape[1]} KV heads."
-        )
+    _check(query, cache, page_table, seq_lens, layout, out, lse)
     chosen = dispatch.select(cache.device, layout, engine, kernels=KERNELS)
     if chosen == "reference":
         return partial(_reference, page_table, seq_lens, layout, sm_scale, lse)
+    _check_for_kernels(query, cache, page_table, seq_lens, out, lse)
     if workspace is not None:
         needed = workspace_bytes(len(query), query.shape[1], cache.shape[1], layout)
         if workspace.numel() < needed:
@@ -146,6 +144,69 @@ def prepare(
     kernels = import_module(f"{__name__}.{chosen}")  # whose packages are needed from here on
     run: Decode = kernels.prepare(query, cache, *requests, out, lse, workspace)
     return run
+
+
+def _check(
+    query: torch.Tensor,
+    cache: torch.Tensor,
+    page_table: torch.Tensor,
+    seq_lens: torch.Tensor,
+    layout: RecordLayout,
+    out: torch.Tensor,
+    lse: torch.Tensor,
+) -> None:
+    if cache.dim() != 3 or cache.shape[2] != layout.record_bytes or cache.dtype != torch.uint8:
+        raise ValueError(
+            f"cache has dtype {cache.dtype} and shape {tuple(cache.shape)}. "
+            f"Pass uint8 [P, Hkv, {layout.record_bytes}] for {layout.preset.name}."
+        )
+    if query.shape[2] != layout.head_dim or query.shape[1] % cache.shape[1]:
+        raise ValueError(
+            f"query has shape {tuple(query.shape)}. Pass [B, Hq, {layout.head_dim}] with Hq a "
+            f"multiple of the {cache.shape[1]} KV heads."
+        )
+    batch = len(query)
+    for name, values in (("page_table", page_table), ("seq_lens", seq_lens)):
+        if values.dtype != torch.int32 or len(values) < batch:
+            raise ValueError(
+                f"{name} has dtype {values.dtype} and {len(values)} rows. "
+                f"Pass int32 and {batch} rows, one for each request."
+            )
+    if page_table.shape[1] < layout.header_columns:
+        raise ValueError(
+            f"page_table has {page_table.shape[1]} columns. "
+            f"{layout.preset.name} needs {layout.header_columns} for the header alone."
+        )
+    for name, result, shape, dtype in (
+        ("out", out, query.shape, query.dtype),
+        ("lse", lse, query.shape[:2], torch.float32),
+    ):
+        if result.shape != shape or result.dtype != dtype:
+            raise ValueError(
+                f"{name} has dtype {result.dtype} and shape {tuple(result.shape)}. "
+                f"Pass {dtype} {tuple(shape)}."
+            )
+
+
+def _check_for_kernels(
+    query: torch.Tensor,
+    cache: torch.Tensor,
+    page_table: torch.Tensor,
+    seq_lens: torch.Tensor,
+    out: torch.Tensor,
+    lse: torch.Tensor,
+) -> None:
+    """Check the strides that kernels rely on."""
+    for name, tensor, wanted in (
+        ("cache", cache, "pages that follow one another"),
+        ("seq_lens", seq_lens, "a contiguous tensor"),
+        ("lse", lse, "a contiguous tensor"),
+        ("page_table", page_table[:1], "contiguous rows"),
+        ("query", query[:1], "dense heads"),
+        ("out", out[:1], "dense heads"),
+    ):
+        if not tensor.is_contiguous():
+            raise ValueError(f"{name} has strides {tensor.stride()}. Pass {wanted}.")
 
 
 def _reference(

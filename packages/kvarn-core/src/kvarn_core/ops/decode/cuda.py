@@ -101,6 +101,11 @@ def prepare(
     memory = workspace
     if memory is None:
         memory = torch.zeros(scratch.nbytes, dtype=torch.uint8, device=query.device)
+    if memory.numel() < scratch.nbytes:  # `workspace_bytes` asked another GPU
+        raise ValueError(f"workspace has {memory.numel()} bytes. Pass {scratch.nbytes} or more.")
+    for name, tensor in (("cache", cache), ("workspace", memory)):
+        if tensor.data_ptr() % 16:
+            raise ValueError(f"{name} begins at {tensor.data_ptr():#x}. Align it to 16 bytes.")
     kernel = _kernel(layout, query.dtype, shape, query.device)
     numbers = (
         sm_scale * LOG2_E, page_table.stride(0), query.stride(0), out.stride(0), batch,

@@ -22,6 +22,7 @@ import triton
 import triton.language as tl
 
 from kvarn_core.butterfly import rotate, to_fp16
+from kvarn_core.dispatch import on
 from kvarn_core.layout import HEAD_DIMS, HIT_COLUMN, RING_COLUMN, SINK_COLUMN, RecordLayout
 from kvarn_core.spec import PRESETS
 from kvarn_core.variants import Variant
@@ -404,16 +405,18 @@ def prepare(
     def run(query: torch.Tensor, cache: torch.Tensor, out: torch.Tensor) -> None:
         if not batch:
             return
-        _decode_kernel[(num_kv_heads * -(-ratio // HEADS.value), splits, batch)](
-            query, cache, page_table, seq_lens, partial, state,
-            sm_scale * LOG2_E, page_table.stride(0), query.stride(0), num_q_heads, num_kv_heads,
-            splits, RATIO=ratio, **_decode_constants(layout), **_decode_options(layout),
-        )  # fmt: skip
-        _combine_kernel[(num_q_heads, batch)](
-            partial, state, page_table, seq_lens, out, lse,
-            page_table.stride(0), out.stride(0), num_q_heads, splits,
-            **_combine_constants(layout), num_warps=4, num_stages=1,
-        )  # fmt: skip
+        with on(cache.device):
+            _decode_kernel[(num_kv_heads * -(-ratio // HEADS.value), splits, batch)](
+                query, cache, page_table, seq_lens, partial, state,
+                sm_scale * LOG2_E, page_table.stride(0), query.stride(0), num_q_heads,
+                num_kv_heads, splits, RATIO=ratio, **_decode_constants(layout),
+                **_decode_options(layout),
+            )  # fmt: skip
+            _combine_kernel[(num_q_heads, batch)](
+                partial, state, page_table, seq_lens, out, lse,
+                page_table.stride(0), out.stride(0), num_q_heads, splits,
+                **_combine_constants(layout), num_warps=4, num_stages=1,
+            )  # fmt: skip
 
     return run
 

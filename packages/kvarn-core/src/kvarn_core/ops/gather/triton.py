@@ -21,6 +21,7 @@ import triton
 import triton.language as tl
 
 from kvarn_core.butterfly import FP16_MAX, rotate
+from kvarn_core.dispatch import on
 from kvarn_core.layout import HEAD_DIMS, HIT_COLUMN, RING_COLUMN, SINK_COLUMN, RecordLayout
 from kvarn_core.spec import PRESETS
 from kvarn_core.variants import Variant
@@ -234,11 +235,12 @@ def gather(
     blocks = -(-max_context_len // TOKENS.value) + (starts is not None)  # a start may be unaligned
     if not batch or not max_context_len:
         return
-    _gather_kernel[(heads, blocks, batch)](
-        cache, page_table, starts, context_lens, positions, cu_seqlens_k, key, value,
-        page_table.stride(0), cache.stride(0) // 16, **_constants(layout),
-        num_warps=WARPS[layout.head_dim], num_stages=STAGES,
-    )  # fmt: skip
+    with on(cache.device):
+        _gather_kernel[(heads, blocks, batch)](
+            cache, page_table, starts, context_lens, positions, cu_seqlens_k, key, value,
+            page_table.stride(0), cache.stride(0) // 16, **_constants(layout),
+            num_warps=WARPS[layout.head_dim], num_stages=STAGES,
+        )  # fmt: skip
 
 
 def rotate_rows(x: torch.Tensor, out: torch.Tensor) -> None:
@@ -249,10 +251,11 @@ def rotate_rows(x: torch.Tensor, out: torch.Tensor) -> None:
     blocks = -(-tokens * heads // ROTATED_ROWS)
     if not blocks:
         return
-    _rotate_kernel[(blocks,)](
-        x, out, tokens * heads, heads, *(stride // unit for stride in strides),
-        ROWS=ROTATED_ROWS, D=dim, UNIT=unit, num_warps=1, num_stages=STAGES,
-    )  # fmt: skip
+    with on(x.device):
+        _rotate_kernel[(blocks,)](
+            x, out, tokens * heads, heads, *(stride // unit for stride in strides),
+            ROWS=ROTATED_ROWS, D=dim, UNIT=unit, num_warps=1, num_stages=STAGES,
+        )  # fmt: skip
 
 
 @cache

@@ -19,6 +19,7 @@ import triton
 import triton.language as tl
 
 from kvarn_core.butterfly import to_fp16
+from kvarn_core.dispatch import on
 from kvarn_core.layout import HEAD_DIMS, RecordLayout
 from kvarn_core.spec import PRESETS, Preset, Recipe
 from kvarn_core.variants import Variant
@@ -87,10 +88,11 @@ def _encode(
     nbytes = layout.record_bytes - layout.key_bytes if is_value else layout.key_bytes
     parts = torch.empty(len(tiles), nbytes, dtype=torch.uint8, device=tiles.device)
     if len(tiles):
-        _encode_tiles[(len(tiles),)](
-            tiles.contiguous(), parts, layout_text(layout), recipe_text(recipe), is_value,
-            **launch_options(layout),
-        )  # fmt: skip
+        with on(tiles.device):
+            _encode_tiles[(len(tiles),)](
+                tiles.contiguous(), parts, layout_text(layout), recipe_text(recipe), is_value,
+                **launch_options(layout),
+            )  # fmt: skip
     return parts
 
 

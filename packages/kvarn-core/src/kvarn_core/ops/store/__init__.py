@@ -200,6 +200,8 @@ def prepare(
     if chosen == "reference":
         return partial(_reference, op, requests, layout, recipe)
     most = _check_for_kernels(key, value, cache, *requests, max_query_len)
+    if chosen == "triton" and not cache.is_contiguous():
+        raise ValueError(f"cache has strides {cache.stride()}. Pass pages that follow one another.")
     kernels = import_module(f"{__name__}.{chosen}")  # whose packages are needed from here on
     run: Write = kernels.prepare(
         op, key, value, cache, *requests, layout=layout, recipe=recipe, max_query_len=most

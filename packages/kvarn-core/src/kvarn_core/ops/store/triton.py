@@ -14,6 +14,7 @@ import triton
 import triton.language as tl
 
 from kvarn_core.butterfly import rotate, sanitise, to_fp16
+from kvarn_core.dispatch import on
 from kvarn_core.layout import (
     HEAD_DIMS,
     HIT_COLUMN,
@@ -88,10 +89,11 @@ def prepare(
         if not grid[0]:
             return
         inputs = key, value, cache, *requests, *strides
-        if op == "seal":
-            _seal[grid](*inputs, slots, heads, layer, **constants)
-        else:
-            _write_rows[grid](*inputs, blocks, **constants)
+        with on(cache.device):
+            if op == "seal":
+                _seal[grid](*inputs, slots, heads, layer, **constants)
+            else:
+                _write_rows[grid](*inputs, blocks, **constants)
 
     return run
 
