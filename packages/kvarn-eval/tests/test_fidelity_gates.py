@@ -14,6 +14,7 @@ from kvarn_eval.fidelity_gates import (
     Settings,
     early_gate,
     gates,
+    quantises_gate,
     ratio_gate,
     regression_gates,
     run_fidelity,
@@ -101,9 +102,11 @@ def test_problems_are_reported_and_program_text_decides(
         "plain.over_served": True,
         "plain.over_paper": True,
         "plain.early": True,
+        "plain.quantises": True,
         "plain-problems.over_served": False,
         "plain-problems.over_paper": False,
         "plain-problems.early": True,
+        "plain-problems.quantises": True,
     }
     names = {measurement.name for measurement in run.measurements}
     assert "plain-problems.answer_kld" in names
@@ -137,6 +140,13 @@ def test_a_lost_window_turns_the_self_check_red(distances: dict[str, list[Distan
     ]
     broken = {**distances, "kvarn": early_reader}
     assert early_gate("plain", broken, first).verdict is Verdict.FAIL
+
+
+def test_an_arm_that_never_quantises_is_noticed(distances: dict[str, list[Distance]]) -> None:
+    first = SETTINGS.first_packed
+    assert quantises_gate("plain", distances, first).verdict is Verdict.PASS
+    exact = {**distances, "kvarn": distances["rotated fp16"]}
+    assert quantises_gate("plain", exact, first).verdict is Verdict.FAIL
 
 
 def test_a_worse_encoder_than_the_published_one_is_red(

@@ -169,6 +169,8 @@ def settings(**fields: Any) -> Any:
 def test_what_is_unsupported_is_refused(model: Any) -> None:
     with pytest.raises(NotImplementedError, match="Layers of type sliding_attention"):
         KVarNCache(settings(layer_types=["full_attention", "sliding_attention"]))
+    with pytest.raises(NotImplementedError, match="Layers of type sliding_window"):
+        KVarNCache(settings(sliding_window=4096))  # without types of layers
     with pytest.raises(ValueError, match="head_dim 96 is not supported"):
         KVarNCache(settings(head_dim=96))
     with pytest.raises(ValueError, match="not a KVarN preset"):

@@ -52,6 +52,7 @@ if TYPE_CHECKING:
 SERVED_LIMITS = {"plain": 0.45, "large": 0.30}
 REGRESSION_LIMIT = 1.05
 FLOOR_FACTOR = 3.0
+LEAST_OVER_ROUNDING = 10.0  # some 10,000 are measured
 PROFILES = ("plain", "large", "tiny")
 PROBLEMS = "-problems"
 """Marks what was measured on problems in place of program text: `plain-problems`."""
@@ -213,6 +214,21 @@ def early_gate(profile: str, arms: dict[str, list[Distance]], first: int) -> Gat
     )
 
 
+def quantises_gate(profile: str, arms: dict[str, list[Distance]], first: int) -> Gate:
+    """Self-check: records are read. An arm that never quantises would pass every other gate."""
+    rounding = max(float(np.mean([d.kld[first:].mean() for d in arms["rotated fp16"]])), 1e-12)
+    value = float(np.mean([d.kld[first:].mean() for d in arms["kvarn"]])) / rounding
+    return Gate(
+        name=f"{profile}.quantises",
+        rule="KLD(kvarn) / KLD(rotated fp16) >= limit",
+        value=value,
+        limit=LEAST_OVER_ROUNDING,
+        verdict=Verdict.PASS if value >= LEAST_OVER_ROUNDING else Verdict.FAIL,
+        reason=f"{value:.3g} times the divergence of fp16 rounding",
+        evidence=[f"{name}:{profile}.kld_mean" for name in ("kvarn", "rotated fp16")],
+    )
+
+
 def gates(found: dict[str, dict[str, list[Distance]]], settings: Settings) -> list[Gate]:
     """All rules that the distances by profile (with its mark) and arm allow to check."""
     first = settings.first_packed
@@ -235,6 +251,7 @@ def gates(found: dict[str, dict[str, list[Distance]]], settings: Settings) -> li
                     )
                 )
         rules.append(early_gate(profile, arms, first))
+        rules.append(quantises_gate(profile, arms, first))
     return rules
 
 

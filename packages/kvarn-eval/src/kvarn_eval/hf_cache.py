@@ -52,6 +52,10 @@ class KVarNCache(Cache):  # type: ignore[misc]
     ) -> None:
         text = config.get_text_config(decoder=True)
         kinds = set(getattr(text, "layer_types", None) or ["full_attention"])
+        if not getattr(text, "layer_types", None):  # transformers then looks at these
+            for name in ("sliding_window", "attention_chunk_size"):
+                if getattr(text, name, None) is not None:
+                    kinds = {name}
         if other := kinds - {"full_attention"}:
             raise NotImplementedError(
                 f"Layers of type {min(other)} are not supported. Choose a model with full "
@@ -83,6 +87,7 @@ class KVarNLayer(DynamicLayer):  # type: ignore[misc]
 
     def __init__(self, layout: RecordLayout, recipe: Recipe) -> None:
         super().__init__()
+        self.is_initialized = False  # releases before 4.57 do not set it
         self.layout = layout
         self.recipe = recipe
         self.records: Tensor | None = None  # [B, Hkv, tiles, record_bytes]
@@ -143,6 +148,7 @@ class KVarNLayer(DynamicLayer):  # type: ignore[misc]
         """Forget everything."""
         self.records, self.sink = None, []
         super().reset()
+        self.is_initialized = False
 
     def crop(self, *args: Any) -> None:
         """Refused: a record cannot lose tokens."""
