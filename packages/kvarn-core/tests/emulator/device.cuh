@@ -222,14 +222,20 @@ DEVICE u16 float_to_bfloat(float x) {
 }
 DEVICE float low_half(u32 v) { return half_to_float(u16(v & 0xffffu)); }
 DEVICE float high_half(u32 v) { return half_to_float(u16(v >> 16)); }
-DEVICE u32 pack_halves(float low, float high) {
+DEVICE u32 emulated_pair(float low, float high) {  // beyond 65504 infinity
     return u32(float_to_half(low)) | u32(float_to_half(high)) << 16;
 }
+DEVICE float emulated_saturation(float x) {
+    return x != x ? x : fminf(fmaxf(x, -65504.0f), 65504.0f);
+}
+DEVICE u32 pack_halves(float low, float high) {
+    return emulated_pair(emulated_saturation(low), emulated_saturation(high));
+}
 DEVICE u32 mul_half2(u32 a, u32 b) {
-    return pack_halves(low_half(a) * low_half(b), high_half(a) * high_half(b));
+    return emulated_pair(low_half(a) * low_half(b), high_half(a) * high_half(b));
 }
 DEVICE u32 add_half2(u32 a, u32 b) {
-    return pack_halves(low_half(a) + low_half(b), high_half(a) + high_half(b));
+    return emulated_pair(low_half(a) + low_half(b), high_half(a) + high_half(b));
 }
 DEVICE u32 fma_half2(u32 a, u32 b, u32 c) {
     const double low = double(low_half(a)) * low_half(b) + low_half(c);

@@ -16,7 +16,14 @@ from kvarn_core.rotation import FP16_MAX, exact_rows, to_fp16
 from kvarn_core.spec import DEBUG_PRESETS, PRESETS, Recipe
 from kvarn_core.testing import naive
 from kvarn_core.testing.compare import assert_close, assert_same_bits, relative_error
-from kvarn_core.testing.inputs import DISTRIBUTIONS, draw, fixed_tile, gaussian, spread_tiles
+from kvarn_core.testing.inputs import (
+    DISTRIBUTIONS,
+    draw,
+    fixed_tile,
+    gaussian,
+    repeated_tiles,
+    spread_tiles,
+)
 from kvarn_core.testing.records import assert_equivalent_records, sizes
 
 Array = np.ndarray[Any, Any]
@@ -116,6 +123,20 @@ def test_a_naive_encoder_agrees(layout: RecordLayout, recipe: Recipe) -> None:
     )  # fmt: skip
     got = quantize(*tiles, layout, recipe)
     assert_equivalent_records(got, torch.from_numpy(want)[None], *tiles, layout, recipe)
+
+
+@pytest.mark.parametrize("layout", [DEFAULT, TWO_BIT], ids=["k4v2", "k2v2"])
+def test_a_naive_encoder_agrees_on_repeated_tokens(layout: RecordLayout) -> None:
+    tiles = repeated_tiles(128, 128)
+    got = quantize(tiles, tiles, layout)
+    want = [
+        naive.encode(
+            tile.numpy(), tile.numpy(), key_bits=layout.preset.key_bits,
+            value_bits=layout.preset.value_bits, recipe="kvarn",
+        )
+        for tile in tiles
+    ]  # fmt: skip
+    assert_equivalent_records(got, torch.from_numpy(np.stack(want)), tiles, tiles, layout)
 
 
 def test_the_best_pass_is_kept_on_a_tile_that_gets_worse() -> None:

@@ -8,12 +8,13 @@ from typing import TYPE_CHECKING
 import pytest
 import torch
 
-from kvarn_core.layout import RecordLayout
+from kvarn_core.layout import HEAD_DIMS, RecordLayout
 from kvarn_core.ops.quantize import dequantize, quantize
+from kvarn_core.ops.quantize.reference import normalise_relative, raise_factors
 from kvarn_core.rotation import to_fp16
 from kvarn_core.spec import PRESETS, Recipe
 from kvarn_core.testing.compare import assert_same_bits, relative_error
-from kvarn_core.testing.inputs import gaussian, spread_tiles
+from kvarn_core.testing.inputs import gaussian, repeated_tiles, spread_tiles
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -137,6 +138,24 @@ def test_one_odd_token_does_not_disturb_the_others(
         decoded, _ = dequantize(quantize(stored, stored, DEFAULT, recipe), DEFAULT)
         error = _squared_errors(tiles[:, others], decoded[:, others])
         assert error == pytest.approx(want, rel=0.06), recipe
+
+
+@pytest.mark.parametrize("preset", ["kvarn_k4v2_g128", "kvarn_k4v4_g128", "kvarn_k2v2_g64"])
+@pytest.mark.parametrize("dim", HEAD_DIMS)
+def test_a_token_unlike_all_others_keeps_its_value(preset: str, dim: int) -> None:
+    layout = RecordLayout(PRESETS[preset], dim)
+    tiles = repeated_tiles(layout.group, dim)
+    _, decoded = dequantize(quantize(tiles, tiles, layout), layout)
+    tiles = tiles.float()
+    errors = (decoded - tiles).norm(dim=2) / tiles.norm(dim=2)
+    assert errors.max() < 1.5
+    assert errors.median() < 0.05, "repetition is cheap"
+
+
+def test_factors_of_ordinary_values_are_not_raised() -> None:
+    tiles = spread_tiles(12, 128, 128, row_spread=0.5, col_spread=0.4, seed=3)
+    factors = normalise_relative(tiles, 4)
+    assert_same_bits(raise_factors(factors), factors)
 
 
 # size of a common vector, spread of the logits: squared error of attention, norm restored and not

@@ -10,7 +10,7 @@ from kvarn_core.layout import HEAD_DIMS, RecordLayout
 from kvarn_core.ops.quantize import quantize
 from kvarn_core.spec import PRESETS, Recipe
 from kvarn_core.testing.compare import assert_same_bits
-from kvarn_core.testing.inputs import spread_tiles
+from kvarn_core.testing.inputs import repeated_tiles, spread_tiles
 from kvarn_core.testing.records import assert_equivalent_records
 
 pytestmark = [
@@ -45,6 +45,16 @@ def test_records_are_those_of_the_reference(preset: str, dim: int, recipe: Recip
     want = quantize(key, value, layout, recipe, engine="reference")
     got = _records(key, value, layout, recipe)
     assert_equivalent_records(got, want, key, value, layout, recipe)
+
+
+@pytest.mark.parametrize("dim", HEAD_DIMS)
+@pytest.mark.parametrize("preset", PRESETS)
+def test_repeated_tokens_are_those_of_the_reference(preset: str, dim: int) -> None:
+    layout = RecordLayout(PRESETS[preset], dim)
+    tiles = repeated_tiles(layout.group, dim)
+    want = quantize(tiles, tiles, layout, engine="reference")
+    got = _records(tiles, tiles, layout, Recipe.KVARN)
+    assert_equivalent_records(got, want, tiles, tiles, layout)
 
 
 def test_a_thousand_runs_give_one_result() -> None:

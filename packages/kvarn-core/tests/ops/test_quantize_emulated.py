@@ -11,7 +11,7 @@ from kvarn_core.ops.quantize import cuda, dequantize, quantize
 from kvarn_core.rotation import exact_rows
 from kvarn_core.spec import PRESETS, Recipe
 from kvarn_core.testing.compare import assert_same_bits
-from kvarn_core.testing.inputs import DISTRIBUTIONS, draw, gaussian, uneven_tiles
+from kvarn_core.testing.inputs import DISTRIBUTIONS, draw, gaussian, repeated_tiles, uneven_tiles
 from kvarn_core.testing.records import assert_equivalent_records
 
 pytest.importorskip("ziglang", reason="builds C++ for the CPU; the package ziglang is missing")
@@ -84,6 +84,12 @@ def test_hostile_tiles_are_those_of_the_reference(name: str, layout: RecordLayou
     shape = (2, layout.group, layout.head_dim)
     key, value = (exact_rows(draw(name, shape, seed=seed), layout) for seed in (1, 2))
     _check(key, value, layout)
+
+
+@pytest.mark.parametrize("layout", [SMALL, TWO_BIT], ids=lambda layout: layout.preset.name[6:])
+def test_repeated_tokens_are_those_of_the_reference(layout: RecordLayout) -> None:
+    tiles = repeated_tiles(layout.group, layout.head_dim)
+    _check(tiles, tiles, layout)
 
 
 @pytest.mark.parametrize("scale", [1e-7, 1e-4, 1e-2, 1e3])

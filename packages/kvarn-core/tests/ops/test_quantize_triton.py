@@ -15,7 +15,7 @@ from kvarn_core.ops.quantize.triton import GAUSSIAN_STEP, _round, k_order, m_ord
 from kvarn_core.rotation import exact_rows
 from kvarn_core.spec import PRESETS, Recipe
 from kvarn_core.testing.compare import assert_same_bits
-from kvarn_core.testing.inputs import DISTRIBUTIONS, draw, uneven_tiles
+from kvarn_core.testing.inputs import DISTRIBUTIONS, draw, repeated_tiles, uneven_tiles
 from kvarn_core.testing.records import assert_equivalent_records
 
 pytestmark = pytest.mark.kernel
@@ -77,6 +77,14 @@ def test_hostile_tiles_are_those_of_the_reference(
     shape = (2, layout.group, layout.head_dim)
     key, value = (exact_rows(draw(name, shape, seed=seed), layout) for seed in (1, 2))
     _check(key, value, layout, Recipe.KVARN, kernel_device)
+
+
+@pytest.mark.parametrize("layout", [SMALL, TWO_BIT], ids=lambda layout: layout.preset.name[6:])
+def test_repeated_tokens_are_those_of_the_reference(
+    layout: RecordLayout, kernel_device: torch.device
+) -> None:
+    tiles = repeated_tiles(layout.group, layout.head_dim)
+    _check(tiles, tiles, layout, Recipe.KVARN, kernel_device)
 
 
 def test_a_row_or_column_of_zeros_is_that_of_the_reference(kernel_device: torch.device) -> None:

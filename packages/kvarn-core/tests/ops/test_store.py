@@ -266,7 +266,7 @@ def test_the_null_page_is_never_a_sink() -> None:
     assert (paging.cache[NULL_PAGE] == 0xFF).all()
 
 
-@pytest.mark.parametrize(("new", "length"), [(0, 0), (0, 150), (3, 0)])
+@pytest.mark.parametrize(("new", "length"), [(0, 0), (0, 150), (3, 0), (3, 2)])
 def test_rows_without_tokens_do_nothing(new: int, length: int) -> None:
     paging = allocate(SMALL, [200], seed=12)
     paging.page_table[:] = 10**6  # the table of a padded row is not read

@@ -240,7 +240,7 @@ def test_a_record_does_not_depend_on_how_its_rows_came(target: Target) -> None:
         assert_same_bits(cache, paging.cache)
 
 
-@pytest.mark.parametrize(("new", "length"), [(0, 0), (0, 150), (3, 0)])
+@pytest.mark.parametrize(("new", "length"), [(0, 0), (0, 150), (3, 0), (3, 2)])
 @pytest.mark.parametrize("most", [1, 3, 200])
 def test_rows_without_tokens_do_nothing(new: int, length: int, most: int, target: Target) -> None:
     paging = allocate(SMALL, [200], seed=7, fill=FILL)

@@ -57,7 +57,7 @@ def test_a_wrong_number_is_found(name: str, change: int, message: str) -> None:
 def test_a_factor_may_follow_one_code_on_an_edge(
     on_edge: bool, share: float, allowed: bool
 ) -> None:
-    moves = edge_moves(VALUE[:1].float(), 2, Recipe.KVARN)  # [G, D]
+    moves = edge_moves(VALUE[:1].float(), 2, Recipe.KVARN, is_value=True)  # [G, D]
     at = np.unravel_index(np.abs(moves).argmax(), moves.shape)
     column = at[1] if on_edge else int(np.abs(moves).max(0).argmin())
     assert abs(moves[at]) > 0.03, "more than the 1 % that every factor may differ by"

@@ -180,9 +180,9 @@ DEVICE u16 float_to_bfloat(float x) {
 }
 DEVICE float low_half(u32 v) { return half_to_float(u16(v & 0xffffu)); }
 DEVICE float high_half(u32 v) { return half_to_float(u16(v >> 16)); }
-DEVICE u32 pack_halves(float low, float high) {
+DEVICE u32 pack_halves(float low, float high) {  // saturating at 65504, NaN stays NaN
     u32 d;
-    asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(d) : "f"(high), "f"(low));
+    asm("cvt.rn.satfinite.f16x2.f32 %0, %1, %2;" : "=r"(d) : "f"(high), "f"(low));
     return d;
 }
 

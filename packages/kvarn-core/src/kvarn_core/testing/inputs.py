@@ -131,6 +131,35 @@ def uneven_tiles(
     return key.half(), value.half()
 
 
+def repeated_tiles(rows: int, cols: int, *, seed: int = 0) -> torch.Tensor:
+    """Tiles whose tokens are alike, but for one or a few, as repeated text has them.
+
+    One token 127 times in 128 and another one; one 15 times in 16 and others; ten of the same number
+    in one channel alone, which is what a rotation makes of equal channels, and a token unlike them;
+    tokens that differ by a hundredth of their size.
+
+    Parameters
+    ----------
+    rows, cols : int
+        Tokens and channels.
+    seed : int
+        Equal seeds give equal tiles.
+
+    Returns
+    -------
+    Tensor [4, rows, cols], fp16
+    """
+    generator = torch.Generator().manual_seed(seed)
+    tiles = gaussian((4, 1, cols), generator).repeat(1, rows, 1)
+    tiles[0, 37 % rows] = gaussian((cols,), generator)
+    tiles[1, ::16] = gaussian((len(range(0, rows, 16)), cols), generator)
+    tiles[2] = 0
+    tiles[2, :, 0] = 10
+    tiles[2, 5] = gaussian((cols,), generator)
+    tiles[3] += 0.01 * gaussian((rows, cols), generator)
+    return tiles.half()
+
+
 def fixed_tile(rows: int, cols: int, *, seed: int) -> torch.Tensor:
     """Make a tile from integer arithmetic alone: the same bits on every machine and version.
 

@@ -84,6 +84,11 @@ def factors_kvarn(T: F32, iterations: int = 4, *, keep_best: bool = True) -> F32
     return np.ldexp(best_c, e0)
 
 
+def raise_factors(c: F32) -> F32:
+    """Column factors of values: at least a quarter of their RMS."""
+    return np.maximum(c, np.float32(math.sqrt(float((c.astype(np.float64) ** 2).mean())) / 4))
+
+
 def factors_paper(T: F32, iterations: int = 8) -> F32:
     """Column factors of the published recipe: accumulated logarithms with absolute clips."""
 
@@ -164,7 +169,10 @@ def encode_tile(T: F32, bits: int, *, recipe: str, is_value: bool) -> tuple[Int,
     if not T.any():
         zeros = np.zeros(rows, np.float16)
         return np.zeros((rows, cols), np.int64), zeros, zeros, np.ones(cols, np.float16)
-    w = fix_gauge(T, factors_paper(T) if recipe == "paper" else factors_kvarn(T), bits)
+    w = factors_paper(T) if recipe == "paper" else factors_kvarn(T)
+    if recipe != "paper" and is_value:
+        w = raise_factors(w)
+    w = fix_gauge(T, w, bits)
     w16 = np.maximum(to_fp16(w), np.float16(2.0**-14))
     if recipe != "paper":  # the published encoder never looks at what it stores
         w = w16.astype(np.float32)

@@ -74,7 +74,8 @@ def assert_equivalent_records(
             ulps.append(_ulps(mine[factor], theirs[factor], recipe))
             beyond.append(ulps[-1])
             if recipe is Recipe.KVARN and ulps[-1].max() > MOST_UNITS:
-                moved = theirs[factor] * (1 + edge_moves(tiles[i : i + 1], bits, recipe))
+                moves = edge_moves(tiles[i : i + 1], bits, recipe, is_value=half == 1)
+                moved = theirs[factor] * (1 + moves)
                 beyond[-1] = _ulps(mine[factor], moved, recipe).min(0)
             steps.append(np.abs(mine[codes] - theirs[codes]))  # [G, D]
             equal = ulps[-1] == 0
@@ -92,7 +93,7 @@ def assert_equivalent_records(
             assert abs(errors[0] - errors[1]) <= slack, f"{name} {i}: squared errors {errors}"
 
 
-def edge_moves(tile: torch.Tensor, bits: int, recipe: Recipe) -> Array:
+def edge_moves(tile: torch.Tensor, bits: int, recipe: Recipe, *, is_value: bool) -> Array:
     """Relative change of column factors if one code falls to the other side of its edge.
 
     A code is on an edge if one unit of fp16 in its scale, its zero and its factor can move it over,
@@ -106,13 +107,15 @@ def edge_moves(tile: torch.Tensor, bits: int, recipe: Recipe) -> Array:
         Bits of a code.
     recipe : Recipe
         How the record is filled.
+    is_value : bool
+        Whether it is a tile of values.
 
     Returns
     -------
     Array [R, C]
         What the code is worth to the last refit of its column; 0 if it is not on an edge.
     """
-    factor = reference.gauge(tile, reference.normalise_relative(tile, recipe.iterations), bits)
+    factor = reference.column_factors(tile, bits, recipe, is_value=is_value)
     factor = reference.stored_factor(factor)
     for _ in range(recipe.factor_refits):
         y = tile / factor.float()[:, None, :]

@@ -86,8 +86,6 @@ DEVICE Channels channels_of(const Words& w) {
     return c;
 }
 
-DEVICE float saturate(float x) { return fminf(fmaxf(x, -65504.0f), 65504.0f); }
-
 DEVICE void store_channels(Element* row, const Channels& c) {
     Words w;
 #pragma unroll
@@ -97,7 +95,7 @@ DEVICE void store_channels(Element* row, const Channels& c) {
 #elif QUERY == 1
         w.x[i] = u32(float_to_bfloat(c.x[2 * i])) | u32(float_to_bfloat(c.x[2 * i + 1])) << 16;
 #else
-        w.x[i] = pack_halves(saturate(c.x[2 * i]), saturate(c.x[2 * i + 1]));
+        w.x[i] = pack_halves(c.x[2 * i], c.x[2 * i + 1]);
 #endif
     }
     u32* to = reinterpret_cast<u32*>(row) + threadIdx.x % 32 * WORDS;

@@ -50,7 +50,7 @@ DEVICE void leave_query(u32 to, const Words (&words)[HEADS_OF_WARP], float scale
             const int channel = first + i, step = channel / 16, k = channel % 16;
             const u32 at = head / 8 * QUERY_BYTES + step / 2 * 512 + (head % 8 * 4 + k % 8 / 2) * 16 +
                            step % 2 * 8 + k / 8 * 4;
-            store_shared(to + at, pack_halves(saturate(c.x[i] * scale), saturate(c.x[i + 1] * scale)));
+            store_shared(to + at, pack_halves(c.x[i] * scale, c.x[i + 1] * scale));
         }
     }
 }

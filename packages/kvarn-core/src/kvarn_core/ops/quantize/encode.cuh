@@ -221,7 +221,7 @@ DEVICE void encode(u8* shared, u8* part) {
     typename T::Elements y;
     read_tile<Half>(reinterpret_cast<const u16*>(shared), y);
     __syncthreads();
-    float factor = gauge(s, y, normalise(s, y));  // of the own column
+    float factor = gauge(s, y, raised(s, normalise(s, y)));  // of the own column
     const float unrounded = factor;
     factor = stored_factor(factor);
     leave_value(s, 0, 1.0f / (RELATIVE ? factor : unrounded));

@@ -11,6 +11,8 @@
 
 enum Stat { COLS_MIN, COLS_MAX, ROWS_MIN, ROWS_MAX };  // rows alternate between two pairs
 
+constexpr float FACTOR_RANGE = 4.0f;  // as in the reference
+
 DEVICE float bounded(float x, float least, float most) { return fminf(fmaxf(x, least), most); }
 DEVICE int floor_log2(float x) { return int(as_bits(x) >> 23 & 255) - 127; }  // of normal x > 0
 DEVICE float power_of_two(int e) { return as_float(u32(e + 127) << 23); }
@@ -63,6 +65,19 @@ DEVICE float spread(float least, float most) {
     return RELATIVE ? sqrtf(most / least) : most / fmaxf(least, 1e-8f);
 }
 
+// Sum over the CTA, through a place in `stats` that nobody else uses at the time.
+template <class Half>
+DEVICE float sum_of_cta(Scratch<Half>& s, int which, float x) {
+#pragma unroll
+    for (int bit = 16; bit >= 1; bit /= 2) x += __shfl_xor_sync(ALL_LANES, x, bit);
+    if (threadIdx.x % 32 == 0) s.stats[which][threadIdx.x / 32] = x;
+    __syncthreads();
+    x = s.stats[which][threadIdx.x % WARPS];
+#pragma unroll
+    for (int bit = WARPS / 2; bit >= 1; bit /= 2) x += __shfl_xor_sync(ALL_LANES, x, bit);
+    return x;
+}
+
 // Power of two nearest to the RMS of the tile, as an exponent; 0 for a zero tile.
 template <class Half>
 DEVICE int rms_exponent(Scratch<Half>& s, const typename Tile<Half>::Elements& x) {
@@ -75,15 +90,7 @@ DEVICE int rms_exponent(Scratch<Half>& s, const typename Tile<Half>::Elements& x
         for (int b = 0; b < T::BLOCKS; b++) squares = fmaf(x[a][b], x[a][b], squares);
         total += squares;
     }
-#pragma unroll
-    for (int bit = 16; bit >= 1; bit /= 2) total += __shfl_xor_sync(ALL_LANES, total, bit);
-    if (threadIdx.x % 32 == 0) s.stats[0][threadIdx.x / 32] = total;
-    __syncthreads();
-    total = s.stats[0][threadIdx.x % WARPS];
-#pragma unroll
-    for (int bit = WARPS / 2; bit >= 1; bit /= 2)
-        total += __shfl_xor_sync(ALL_LANES, total, bit);
-    const float mean = total / float(T::ROWS * T::COLS);
+    const float mean = sum_of_cta(s, COLS_MIN, total) / float(T::ROWS * T::COLS);
     return mean > 0 ? (floor_log2(mean) + 1) >> 1 : 0;
 }
 
@@ -152,6 +159,16 @@ DEVICE float normalise(Scratch<Half>& s, const typename Tile<Half>::Elements& x)
         if (imbalance <= best) best = imbalance, best_column = previous;
     }
     return best_column * unit;
+}
+
+// No factor of values far below the RMS of all: `raise_factors` of the reference.
+template <class Half>
+DEVICE float raised(Scratch<Half>& s, float inverse) {
+    if (!RELATIVE || !Half::IS_VALUE) return inverse;
+    constexpr int UNREAD = ROWS_MIN + 2 * ((ITERATIONS + 1) & 1);  // by the last pass
+    const float own = 1.0f / inverse;
+    const float mean_square = sum_of_cta(s, UNREAD, own * own) / float(THREADS);
+    return fminf(inverse, FACTOR_RANGE * rsqrt_approx(mean_square));
 }
 
 // Shifts a power of two from factors to rows so that all stored numbers fit fp16; returns the own

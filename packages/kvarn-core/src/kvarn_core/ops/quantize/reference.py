@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from kvarn_core.spec import Recipe
 
 GAUSSIAN_STEP = 0.9957  # optimal step of a uniform 4-level quantiser of a unit Gaussian
+FACTOR_RANGE = 4.0  # of values: RMS of the column factors over the least of them, at most
 
 
 def encode_key(key: torch.Tensor, layout: RecordLayout, recipe: Recipe) -> torch.Tensor:
@@ -50,9 +51,7 @@ def encode_value(value: torch.Tensor, layout: RecordLayout, recipe: Recipe) -> t
     if layout.preset.is_debug:
         return value.contiguous().view(torch.uint8).flatten(1)
     bits = layout.preset.value_bits
-    codes, scale, zero, factor = quantize_rows(
-        value.float(), bits, recipe, restore_norm=recipe.restore_norm and bits == 2
-    )
+    codes, scale, zero, factor = quantize_rows(value.float(), bits, recipe, is_value=True)
     return torch.cat(
         (
             pack_codes(codes.mT, bits),
@@ -97,11 +96,10 @@ def _cast(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
 
 
 def quantize_rows(
-    tile: torch.Tensor, bits: int, recipe: Recipe, *, restore_norm: bool = False
+    tile: torch.Tensor, bits: int, recipe: Recipe, *, is_value: bool = False
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """Quantise T [N, R, C]: codes uint8 [N, R, C]; fp16 scale and zero [N, R], factor [N, C]."""
-    normalise = normalise_relative if recipe.relative else normalise_published
-    factor = gauge(tile, normalise(tile, recipe.iterations), bits)
+    factor = column_factors(tile, bits, recipe, is_value=is_value)
     factor16 = stored_factor(factor)
     y = tile / (factor16.float() if recipe.relative else factor)[:, None, :]
     codes, scale16, zero16 = choose_codes(y, bits, recipe)
@@ -109,10 +107,21 @@ def quantize_rows(
         factor16 = refit_factor(y, decoded_rows(codes, scale16, zero16), factor16)
         y = tile / factor16.float()[:, None, :]
         codes, scale16, zero16 = choose_codes(y, bits, recipe)
-    if restore_norm:
+    if is_value and recipe.restore_norm and bits == 2:
         decoded = decoded_rows(codes, scale16, zero16)
         scale16, zero16 = restore_row_norm(tile, decoded, scale16, zero16, factor16)
     return codes.to(torch.uint8), scale16, zero16, factor16
+
+
+def column_factors(
+    tile: torch.Tensor, bits: int, recipe: Recipe, *, is_value: bool
+) -> torch.Tensor:
+    """Column factors [N, C] before any refit."""
+    normalise = normalise_relative if recipe.relative else normalise_published
+    factor = normalise(tile, recipe.iterations)
+    if is_value and recipe.relative:
+        factor = raise_factors(factor)
+    return gauge(tile, factor, bits)
 
 
 def choose_codes(
@@ -207,6 +216,16 @@ def normalise_published(tile: torch.Tensor, iterations: int) -> torch.Tensor:
         best = torch.where(better, measured, best)
         best_factor = torch.where(better[:, None], log_col.exp(), best_factor)
     return best_factor
+
+
+def raise_factors(factor: torch.Tensor) -> torch.Tensor:
+    """Factors [N, C], none far below the others.
+
+    Where the tokens of a tile are alike, factors follow their channels, however small. A token
+    unlike them then fills the range of its row in the small channels and pays in the large ones:
+    its error can be as many times too large as the RMS of the factors exceeds the least.
+    """
+    return torch.maximum(factor, rms(factor, dim=1)[:, None] / FACTOR_RANGE)
 
 
 def gauge(tile: torch.Tensor, factor: torch.Tensor, bits: int) -> torch.Tensor:

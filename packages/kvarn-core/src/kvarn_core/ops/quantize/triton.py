@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 # Triton's interpreter calls a combining function of our own once per element: minutes
 INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
 GAUSSIAN_STEP = tl.constexpr(0.9957)  # as in the reference
+FACTOR_RANGE = tl.constexpr(4.0)  # as there
 
 
 def encode_key(key: torch.Tensor, layout: RecordLayout, recipe: Recipe) -> torch.Tensor:
@@ -152,7 +153,7 @@ def write_key(  # type: ignore[no-untyped-def]
     D: tl.constexpr = LAYOUT.head_dim
     BITS: tl.constexpr = LAYOUT.preset.key_bits
     t = tl.trans(x)
-    codes, scale, zero, factor = quantize_rows(t, D, G, BITS, RECIPE, False)
+    codes, scale, zero, factor = quantize_rows(t, D, G, BITS, RECIPE, IS_VALUE=False)
     p_part = p_parts + i_part.to(tl.int64) * STRIDE  # here, so that no register keeps it till now
     channel, token = k_order(tl.arange(0, D)), m_order(tl.arange(0, G))
     _store_vector(p_part + offset(LAYOUT, "k_token_scale"), factor, token)
@@ -170,8 +171,7 @@ def write_value(  # type: ignore[no-untyped-def]
     D: tl.constexpr = LAYOUT.head_dim
     BITS: tl.constexpr = LAYOUT.preset.value_bits
     BASE: tl.constexpr = LAYOUT.key_bytes
-    RESTORE: tl.constexpr = RECIPE.restore_norm and BITS == 2
-    codes, scale, zero, factor = quantize_rows(x, G, D, BITS, RECIPE, RESTORE)
+    codes, scale, zero, factor = quantize_rows(x, G, D, BITS, RECIPE, IS_VALUE=True)
     p_part = p_parts + i_part.to(tl.int64) * STRIDE
     channel, token = m_order(tl.arange(0, D)), m_order(tl.arange(0, G))
     _store_vector(p_part + offset(LAYOUT, "v_channel_scale", BASE), factor, channel)
@@ -225,13 +225,13 @@ def quantize_rows(  # type: ignore[no-untyped-def]
     COLS: tl.constexpr,
     BITS: tl.constexpr,
     RECIPE: tl.constexpr,
-    RESTORE_NORM: tl.constexpr,
+    IS_VALUE: tl.constexpr,
 ):
     """Quantise T: codes int32 [ROWS, COLS]; fp16 scale and zero [ROWS], factor [COLS].
 
     y takes the place of t: two tiles would not fit the registers.
     """
-    factor = _factor(t, ROWS, COLS, BITS, RECIPE)
+    factor = _factor(t, ROWS, COLS, BITS, RECIPE, IS_VALUE)
     factor16 = _stored_factor(factor)
     y = t * (1.0 / (factor16.to(tl.float32) if RECIPE.relative else factor))[None, :]
     for _ in range(RECIPE.factor_refits):
@@ -244,7 +244,7 @@ def quantize_rows(  # type: ignore[no-untyped-def]
         y = y * (old / factor16.to(tl.float32))[None, :]
     y, scale, zero, scale16, zero16 = _choose_grid(y, COLS, BITS, RECIPE)
     codes = _round(y, scale, zero, BITS)
-    if RESTORE_NORM:
+    if IS_VALUE and RECIPE.restore_norm and BITS == 2:
         decoded = codes * scale[:, None] + zero[:, None]
         weight = factor16.to(tl.float32)[None, :]
         wanted, got = _sums((y * weight) * (y * weight), (decoded * weight) * (decoded * weight), 1)
@@ -255,10 +255,20 @@ def quantize_rows(  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def _factor(t, ROWS: tl.constexpr, COLS: tl.constexpr, BITS: tl.constexpr, RECIPE: tl.constexpr):  # type: ignore[no-untyped-def]
+def _factor(  # type: ignore[no-untyped-def]
+    t,
+    ROWS: tl.constexpr,
+    COLS: tl.constexpr,
+    BITS: tl.constexpr,
+    RECIPE: tl.constexpr,
+    IS_VALUE: tl.constexpr,
+):
     """Column factors, fp32 [COLS], before any refit."""
     if RECIPE.relative:
         factor = _normalise_relative(t, ROWS, COLS, RECIPE.iterations)
+        if IS_VALUE:  # `raise_factors` of the reference
+            rms = tl.sqrt(tl.sum(factor * factor, 0) / COLS)
+            factor = tl.maximum(factor, rms / FACTOR_RANGE)
     else:
         factor = _normalise_published(t, ROWS, COLS, RECIPE.iterations)
     return _gauge(t, factor, BITS)

@@ -88,7 +88,8 @@ def seal(
     page_table : Tensor [B, max_pages], int32
         Header and record pages per request. Columns past the last used one are not read.
     seq_lens : Tensor [B], int32
-        Tokens of each request after this step, new ones included. 0 marks a padded row.
+        Tokens of each request after this step, new ones included. A row with fewer than its new
+        tokens stores nothing; 0 marks a padded row.
     cu_seqlens_q : Tensor [B + 1], int32
         Where each request's new tokens begin in `key` and `value`.
     layout : RecordLayout

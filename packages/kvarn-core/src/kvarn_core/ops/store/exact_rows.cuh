@@ -34,7 +34,7 @@ DEVICE bool read_request(Request& r, int index, const int* table, long long tabl
     const int count = starts[index + 1] - r.start;
     r.first = r.length - count;
     r.table = table + index * table_stride;
-    return count > 0 && r.length > 0;
+    return count > 0 && r.first >= 0;
 }
 
 // Byte of a piece of an exact row; pieces of adjacent rows are turned against each other.
@@ -94,8 +94,7 @@ DEVICE uint4 rotated(float (&x)[8], int piece) {
     }
 #pragma unroll
     for (int i = 0; i < 8; i++) {
-        const float y = __fmul_rn(x[i], UNIT);
-        x[i] = fminf(fmaxf(y, -FP16_MAX), FP16_MAX);
+        x[i] = __fmul_rn(x[i], UNIT);
     }
     return make_uint4(pack_halves(x[0], x[1]), pack_halves(x[2], x[3]), pack_halves(x[4], x[5]),
                       pack_halves(x[6], x[7]));

@@ -112,7 +112,7 @@ def _requests(
     starts = cu_seqlens_q.tolist()
     for row, length in enumerate(seq_lens.tolist()):
         new = starts[row + 1] - starts[row]
-        if new and length:
+        if 0 < new <= length:
             yield row, starts[row], new, length
 
 

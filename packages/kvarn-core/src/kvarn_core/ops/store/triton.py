@@ -173,7 +173,7 @@ def _write_rows(  # type: ignore[no-untyped-def]
     begin = tl.maximum(first, length - layout.ring_rows) if TO_RING else first
     begin += i_block * ROWS
     end = length if TO_RING else tl.minimum(length, layout.sink_rows)
-    if (new <= 0) | (length <= 0) | (begin >= end):
+    if (new <= 0) | (first < 0) | (begin >= end):
         return
     position = begin + tl.arange(0, ROWS)
     mask = position < end
@@ -263,9 +263,9 @@ def _seal(  # type: ignore[no-untyped-def]
     start = tl.load(p_starts + i_request)
     new = tl.load(p_starts + i_request + 1) - start
     length = tl.load(p_lens + i_request)
-    if (new <= 0) | (length <= 0):
-        return
     first = length - new
+    if (new <= 0) | (first < 0):
+        return
     p_table += i_request.to(tl.int64) * table_stride
     hits = tl.load(p_table + HIT)
     # layout.seal_phase of head 0; head i adds 13 i
