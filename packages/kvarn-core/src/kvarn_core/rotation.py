@@ -56,6 +56,11 @@ def to_fp16(x: torch.Tensor) -> torch.Tensor:
     return x.clamp(-FP16_MAX, FP16_MAX).half()
 
 
+def cast(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """Convert fp32 to a model's dtype; fp16 saturates, NaN stays NaN."""
+    return to_fp16(x) if dtype == torch.float16 else x.to(dtype)
+
+
 def exact_rows(x: torch.Tensor, layout: RecordLayout) -> torch.Tensor:
     """Turn model keys or values into the rows that the cache keeps.
 

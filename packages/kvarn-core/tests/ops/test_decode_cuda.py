@@ -22,7 +22,7 @@ from kvarn_core.testing.compare import assert_same_bits, relative_error
 from kvarn_core.testing.inputs import draw
 from kvarn_core.testing.paging import POISONS, Paging, allocate, store_sequence
 from kvarn_core.testing.plugin import poison
-from kvarn_core.testing.workload import lengths, random_cache, record_tables
+from kvarn_core.testing.workload import fill_value_scales, lengths, random_cache, record_tables
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -177,6 +177,19 @@ def test_other_dtypes_of_the_query(case: Case, dtype: torch.dtype) -> None:
     paging = _stored(RecordLayout(PRESETS[name], dim), tokens, heads)
     got, want = (_run(paging, ratio, tokens, engine, dtype) for engine in ("cuda", "reference"))
     _check(got, want, tokens, tolerance=ROUNDING + UNITS[dtype])
+
+
+@pytest.mark.parametrize("dtype", list(UNITS), ids=["fp16", "bf16", "fp32"])
+def test_probabilities_times_the_largest_scale_are_finite(dtype: torch.dtype) -> None:
+    """A maximum may lag by a factor of 2^8: times a scale of 65504 that is beyond fp16."""
+    device, seq_lens = torch.device("cuda", 0), [20_000] * 8
+    tables, pages = record_tables(MAIN, seq_lens)
+    cache = random_cache(MAIN, tables, pages, 8, device=device)
+    fill_value_scales(cache, tables[0, :, MAIN.header_columns :], MAIN, 65504.0)
+    query = 20 * torch.randn(len(seq_lens), 64, 128, dtype=dtype, device=device)
+    where = (query, cache, tables[0].to(device), torch.tensor(seq_lens).int().to(device))
+    for result in decode(*where, layout=MAIN, sm_scale=128**-0.5, engine="cuda"):
+        assert result.isfinite().all()
 
 
 @_named([LAYOUT_CASES[0], HEAD_CASES[1]])

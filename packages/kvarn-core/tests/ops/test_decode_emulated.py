@@ -14,6 +14,7 @@ from kvarn_core.spec import PRESETS
 from kvarn_core.testing.compare import assert_close, assert_same_bits
 from kvarn_core.testing.inputs import draw
 from kvarn_core.testing.paging import POISONS, allocate, store_sequence
+from kvarn_core.testing.workload import fill_value_scales
 
 pytest.importorskip("ziglang", reason="builds C++ for the CPU; the package ziglang is missing")
 pytestmark = pytest.mark.emulate
@@ -81,6 +82,20 @@ def test_other_dtypes_of_the_query(dtype: torch.dtype, unit: float, emulated: Em
     want, want_lse = expected(paging, query, tokens)
     assert_close(out, want, tolerance=ROUNDING + unit)
     assert_close(lse, want_lse, tolerance=ROUNDING)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32], ids=["fp16", "fp32"])
+def test_probabilities_times_the_largest_scale_are_finite(
+    dtype: torch.dtype, emulated: Emulated
+) -> None:
+    """A maximum may lag by a factor of 2^8: times a scale of 65504 that is beyond fp16."""
+    tokens, emulated.processors = (1560,), 1
+    paging = stored(SMALL, tokens, 1)
+    records = paging.page_table[0, SMALL.header_columns : SMALL.columns(*tokens)]
+    fill_value_scales(paging.cache, records, SMALL, 65504.0)
+    out, lse = emulated.decode(paging, query_of(paging, 8, dtype), tokens)
+    assert out.isfinite().all()
+    assert lse.isfinite().all()
 
 
 @pytest.mark.parametrize("ratio", [8, 16])

@@ -7,7 +7,7 @@ import torch
 
 from kvarn_core import nvrtc
 from kvarn_core.layout import HEAD_DIMS, RecordLayout
-from kvarn_core.ops.quantize import quantize
+from kvarn_core.ops.quantize import dequantize, quantize
 from kvarn_core.spec import PRESETS, Recipe
 from kvarn_core.testing.compare import assert_same_bits
 from kvarn_core.testing.inputs import repeated_tiles, spread_tiles
@@ -49,12 +49,19 @@ def test_records_are_those_of_the_reference(preset: str, dim: int, recipe: Recip
 
 @pytest.mark.parametrize("dim", HEAD_DIMS)
 @pytest.mark.parametrize("preset", PRESETS)
-def test_repeated_tokens_are_those_of_the_reference(preset: str, dim: int) -> None:
+def test_repeated_tokens_are_stored_as_well_as_by_the_reference(preset: str, dim: int) -> None:
+    """Not as the same bytes: passes of the normalisation are equally good there, up to rounding."""
     layout = RecordLayout(PRESETS[preset], dim)
     tiles = repeated_tiles(layout.group, dim)
     want = quantize(tiles, tiles, layout, engine="reference")
-    got = _records(tiles, tiles, layout, Recipe.KVARN)
-    assert_equivalent_records(got, want, tiles, tiles, layout)
+    got = _records(tiles, tiles, layout, Recipe.KVARN).cpu()
+    tiles = tiles.float()
+    norm = tiles.norm(dim=2)
+    lost = 2.0**-22 * norm.square().sum(1)  # where only the rounding of fp16 is left
+    for mine, theirs in zip(dequantize(got, layout), dequantize(want, layout), strict=True):
+        errors, expected = ((x - tiles).norm(dim=2) for x in (mine, theirs))
+        assert (errors.square().sum(1) <= 1.25 * expected.square().sum(1) + lost).all()
+    assert (errors / norm).max() < 1.5  # of a value
 
 
 def test_a_thousand_runs_give_one_result() -> None:

@@ -62,27 +62,41 @@ def serve(runner: str, gpus: str, folder: Path, name: str) -> tuple[dict[str, An
     return json.loads(out.read_text(encoding="utf-8")), [rows[name] for name in rows.files]
 
 
+class Served(dict[str, Any]):
+    """``<runner>-one``, ``-two`` and ``-repeated``, served when asked for.
+
+    The first that is asked for serves both runners on one GPU each; no two engines share a GPU.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__()
+        self.folder = folder
+
+    def __missing__(self, name: str) -> tuple[dict[str, Any], list[Any]]:
+        if not self:
+            with ThreadPoolExecutor(2) as pool:
+                single = {
+                    f"{runner}-one": pool.submit(serve, runner, str(gpu), self.folder, "one")
+                    for gpu, runner in enumerate(RUNNERS)
+                }
+                self.update((key, one.result()) for key, one in single.items())
+        if name not in self:
+            runner, which = name.split("-")
+            self[name] = serve(runner, "0,1", self.folder, which)
+        found: tuple[dict[str, Any], list[Any]] = self[name]
+        return found
+
+
 @pytest.fixture(scope="module")
-def served(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    """``<runner>-one``, ``-two`` and ``-repeated``; one GPU for each of the first, then both."""
-    folder = tmp_path_factory.mktemp("parallel")
-    with ThreadPoolExecutor(2) as pool:
-        single = {
-            f"{runner}-one": pool.submit(serve, runner, str(gpu), folder, "one")
-            for gpu, runner in enumerate(RUNNERS)
-        }
-        found = {name: one.result() for name, one in single.items()}
-    for runner in RUNNERS:
-        for name in ("two", "repeated"):
-            found[f"{runner}-{name}"] = serve(runner, "0,1", folder, name)
-    return found
+def served(tmp_path_factory: pytest.TempPathFactory) -> Served:
+    return Served(tmp_path_factory.mktemp("parallel"))
 
 
 each = pytest.mark.parametrize("runner", RUNNERS)
 
 
 @each
-def test_answers_are_right_on_two_gpus(served: dict[str, Any], runner: str) -> None:
+def test_answers_are_right_on_two_gpus(served: Served, runner: str) -> None:
     report, _ = served[f"{runner}-two"]
     assert report["runners"] == [RUNNERS[runner]] * 2
     assert report["preemptions"] > 0
@@ -92,7 +106,7 @@ def test_answers_are_right_on_two_gpus(served: dict[str, Any], runner: str) -> N
 
 
 @each
-def test_two_gpus_generate_the_tokens_of_one(served: dict[str, Any], runner: str) -> None:
+def test_two_gpus_generate_the_tokens_of_one(served: Served, runner: str) -> None:
     one, two = (served[f"{runner}-{name}"][0]["same"] for name in ("one", "two"))
     for number, (here, there) in enumerate(zip(one["tokens"], two["tokens"], strict=True)):
         for step, (a, b) in enumerate(zip(here, there, strict=True)):
@@ -103,7 +117,7 @@ def test_two_gpus_generate_the_tokens_of_one(served: dict[str, Any], runner: str
 
 
 @each
-def test_two_runs_on_two_gpus_are_equal(served: dict[str, Any], runner: str) -> None:
+def test_two_runs_on_two_gpus_are_equal(served: Served, runner: str) -> None:
     (first, rows), (second, others) = (served[f"{runner}-{name}"] for name in ("two", "repeated"))
     for what in ("tokens", "logprobs"):
         assert first["same"][what] == second["same"][what]
@@ -118,7 +132,7 @@ def divergence(reference: np.ndarray, test: np.ndarray) -> float:
 
 
 @each
-def test_distributions_are_those_of_one_gpu(served: dict[str, Any], runner: str) -> None:
+def test_distributions_are_those_of_one_gpu(served: Served, runner: str) -> None:
     from kvarn_eval.fidelity import ARMS, DEFAULT_PRESET, load_model, program_texts, pseudo_decode
 
     model = load_model(Path(__file__).parents[3] / "kvarn-eval" / "models" / "small", "plain")

@@ -157,6 +157,28 @@ def random_cache(
     return cache
 
 
+def fill_value_scales(
+    cache: torch.Tensor, records: torch.Tensor, layout: RecordLayout, scale: float
+) -> None:
+    """Give every row of V on some record pages this scale.
+
+    Parameters
+    ----------
+    cache : Tensor [P, Hkv, layout.record_bytes], uint8
+        Written in place.
+    records : Tensor, integers
+        The pages.
+    layout : RecordLayout
+        Byte layout of the preset.
+    scale : float
+        At most 65504.
+    """
+    field = layout.fields["v_scale"]
+    row = torch.full((field.nbytes // 2,), scale, dtype=torch.float16, device=cache.device)
+    pages = records.flatten().long().to(cache.device)
+    cache[pages, :, field.offset : field.end] = row.view(torch.uint8)
+
+
 def tiles_in(first: int, last: int, group: int) -> int:
     """Tiles that become complete with the tokens ``first .. last - 1``."""
     return last // group - first // group

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from kvarn_core.ops.gather import gather
-from kvarn_core.rotation import rotate
+from kvarn_core.rotation import cast, rotate
 
 if TYPE_CHECKING:
     from kvarn_core.layout import RecordLayout
@@ -33,7 +33,7 @@ def decode(
             cache, page_table[one], seq_lens[one], seq_lens[one] - 1, layout=layout
         )
         rows, lse[one] = attend(rotated[one], key, value, sm_scale)
-        out[one] = rotate(rows).to(query.dtype)
+        out[one] = cast(rotate(rows), query.dtype)
     return out, lse
 
 

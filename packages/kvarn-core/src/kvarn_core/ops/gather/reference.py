@@ -74,5 +74,4 @@ def _gather_request(
 
 def rotate_rows(x: torch.Tensor, out: torch.Tensor) -> None:
     """See `kvarn_core.ops.gather.rotate_rows`; fills `out`."""
-    rotated = rotation.rotate(x)
-    out.copy_(rotation.to_fp16(rotated) if x.dtype == torch.float16 else rotated)
+    out.copy_(rotation.cast(rotation.rotate(x), x.dtype))

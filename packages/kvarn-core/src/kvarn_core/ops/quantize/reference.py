@@ -2,8 +2,8 @@
 
 A tile is a matrix T [rows, cols]. Rows get a scale and a zero each, columns one factor w each:
 K tiles are transposed (rows = channels, columns = tokens), V tiles are not (rows = tokens,
-columns = channels). Encoding is: column factors (`normalise`), a power of two that keeps fp16 in
-range (`gauge`), round to nearest with a range per row (`choose_codes`), and a few rounds in which
+columns = channels). Encoding is: column factors (`column_factors`, with a power of two that keeps
+fp16 in range), round to nearest with a range per row (`choose_codes`), and a few rounds in which
 the factors are fitted to the codes (`refit_factor`) and the codes chosen again.
 
 What is traded away: speed. Kernels are compared with this file.
@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from kvarn_core.layout import code_index, k_order, m_order
-from kvarn_core.rotation import to_fp16
+from kvarn_core.rotation import cast, to_fp16
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -85,11 +85,7 @@ def decode(
     value *= read_vector(raw["v_scale"], m_order)[:, :, None]
     value += read_vector(raw["v_zero"], m_order)[:, :, None]
     value *= read_vector(raw["v_channel_scale"], m_order)[:, None, :]
-    return _cast(key, dtype), _cast(value, dtype)
-
-
-def _cast(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    return to_fp16(x) if dtype == torch.float16 else x.to(dtype)
+    return cast(key, dtype), cast(value, dtype)
 
 
 # --- quantisation of one matrix per tile -----------------------------------------------------
