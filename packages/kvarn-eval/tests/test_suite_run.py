@@ -20,7 +20,7 @@ from kvarn_eval.schema import Model, Run, Unit, Verdict, describe_run, measure
 from kvarn_eval.small_model import SMALL_MODEL
 from kvarn_eval.suite import Limit, load_suite
 from kvarn_eval.suite_arm import Setup, earlier, observe
-from kvarn_eval.suite_run import assemble, limit_gate, limit_gates, run_suite
+from kvarn_eval.suite_run import assemble, limit_gate, limit_gates, quantises_gates, run_suite
 
 if TYPE_CHECKING:
     from kvarn_eval.schema import Measurement
@@ -265,6 +265,22 @@ def test_a_limit_on_a_load_that_was_slowed_down_decides_nothing() -> None:
         ({("fp16", "chat")}, Verdict.INCONCLUSIVE),
     ):
         assert [g.verdict for g in limit_gates(suite, measured, slow)] == [verdict]
+
+
+@pytest.mark.parametrize(
+    ("divergence", "verdicts"),
+    [(1e-3, [Verdict.PASS]), (1.1e-5, [Verdict.FAIL]), (None, [])],
+    ids=["records-are-read", "an-exact-cache", "not-measured"],
+)
+def test_an_arm_that_never_quantises_fails(
+    divergence: float | None, verdicts: list[Verdict]
+) -> None:
+    measured = [measure("plain.floor.kld_mean", "fp16", Unit.NATS, 1e-5)]
+    if divergence is not None:
+        measured.append(measure("plain.traces.kld_mean", "kvarn", Unit.NATS, divergence))
+    rules = quantises_gates(load_suite("smoke"), measured)
+    assert [gate.verdict for gate in rules] == verdicts
+    assert all(gate.required for gate in rules)
 
 
 def value(arm: str, number: float) -> Measurement:

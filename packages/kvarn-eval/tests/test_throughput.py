@@ -125,6 +125,13 @@ def test_a_result_holds_neither_secrets_nor_folders_of_the_machine(
     assert not [secret for secret in ("alice", "hush", "VLLM_API_KEY") if secret in text]
 
 
+def test_the_document_says_how_many_ranks_there_were(
+    tmp_path: Path, command: tuple[str, ...]
+) -> None:
+    compared = settings(arms=("fp16",), engine={"tensor_parallel_size": 2})
+    assert run_throughput(compared, tmp_path, quiet, command=command)[0].model.tensor_parallel == 2
+
+
 def test_relative_folders_and_variables_of_accepted_results_stay() -> None:
     variables = {"VLLM_NO_USAGE_STATS": "1", "VLLM_USE_FLASHINFER_SAMPLER": "0"}
     folder = "packages/kvarn-eval/configs/qwen3-32b"

@@ -36,6 +36,15 @@ def test_a_damaged_arm_has_one(tmp_path: Path) -> None:
     assert "plain.traces.kld_at_0" in value
 
 
+def test_shares_are_those_of_all_positions() -> None:
+    found = [
+        traces.Divergences(length=n, kld=[0.0] * n, covered=share, top1=share)
+        for n, share in ((260, 0.0), (292, 1.0))
+    ]
+    value = {m.name: m.median for m in traces.measurements("kvarn", "plain", found, 256)}
+    assert value["plain.traces.top1"] == value["plain.traces.covered"] == 0.9  # 4 and 36
+
+
 def test_scores_survive_the_disk(tmp_path: Path) -> None:
     positions = [{1: -0.5, 7: -1.5}, {3: -0.25, 4: -2.0, 5: -3.0}]
     traces.save_scores(tmp_path / "s.safetensors", positions)

@@ -150,6 +150,7 @@ def throughput(
     gpu_memory_utilization: Annotated[float, typer.Option(help="Share of GPU memory.")] = 0.92,
     cache_mib: Annotated[int | None, typer.Option(help="KV cache of this size instead.")] = None,
     load_format: Annotated[str, typer.Option(help="dummy: random weights.")] = "auto",
+    tensor_parallel: Annotated[int, typer.Option(min=1, help="Ranks.")] = 1,
     engine_args: Annotated[str, typer.Option(help="More EngineArgs, as JSON.")] = "{}",
     turboquant_flash_attention: Annotated[
         int | None,
@@ -172,6 +173,7 @@ def throughput(
         "max_num_seqs": max_num_seqs,
         "max_num_batched_tokens": max_num_batched_tokens,
         "load_format": load_format,
+        "tensor_parallel_size": tensor_parallel,
     }
     if cache_mib is None:
         engine["gpu_memory_utilization"] = gpu_memory_utilization

@@ -31,6 +31,8 @@ from kvarn_eval.suite import command_line
 from kvarn_eval.suite_arm import Setup, forget, head_dim
 from kvarn_eval.suite_jobs import EMULATED, observe_all
 
+LEAST_OVER_FLOOR = 2.0  # an exact cache differs from the reference as that does from itself
+
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection
 
@@ -164,7 +166,12 @@ def assemble(
         for load in figures["loads"]
         if load.get("slowdown_us")
     }
-    rules = [*_paired(setup, found), *_valid(found), *limit_gates(suite, measured, slow)]
+    rules = [
+        *_paired(setup, found),
+        *_valid(found),
+        *limit_gates(suite, measured, slow),
+        *quantises_gates(suite, measured),
+    ]
     if missing:
         rules.append(_undecided("complete", missing, measured))
     return Run.model_validate(
@@ -279,6 +286,31 @@ def _valid(found: Found) -> list[Gate]:
                     verdict=Verdict.PASS if primed else Verdict.FAIL,
                     reason=f"{load['hit_share']:.1%} found, {load['preemptions']} preempted",
                     evidence=[f"{arm}:{load['name']}.{x}" for x in ("hit_share", "preemptions")],
+                )
+            )
+    return rules
+
+
+def quantises_gates(suite: Suite, measured: list[Measurement]) -> list[Gate]:
+    """Self-check: records are read. An arm that never quantises would pass every bound on KLD."""
+    rules = []
+    values = {m.key: m.median for m in measured}
+    for profile in suite.profiles:
+        keys = [
+            f"{suite.tested}:{profile}.traces.kld_mean",
+            f"{suite.reference}:{profile}.floor.kld_mean",
+        ]
+        if all(key in values for key in keys):
+            value = values[keys[0]] / max(values[keys[1]], 1e-12)
+            rules.append(
+                Gate(
+                    name=f"{profile}.traces.quantises",
+                    rule=f"KLD({suite.tested}) / KLD({suite.reference} scored twice) >= limit",
+                    value=value,
+                    limit=LEAST_OVER_FLOOR,
+                    verdict=Verdict.PASS if value >= LEAST_OVER_FLOOR else Verdict.FAIL,
+                    reason=f"{value:.3g} times what the reference differs from itself",
+                    evidence=keys,
                 )
             )
     return rules

@@ -273,7 +273,8 @@ def run_throughput(
     found: dict[str, dict[str, Any]] = {}
     errors: list[str] = []
     name = portable([settings.model])[0]
-    model = Model(name=name, weights_sha256=None, dtype=settings.dtype)
+    ranks = int(settings.engine.get("tensor_parallel_size", 1))
+    model = Model(name=name, weights_sha256=None, dtype=settings.dtype, tensor_parallel=ranks)
     header = describe_run("throughput", _digest(settings), model)
     run = None
     for done, arm in enumerate(settings.arms):

@@ -209,7 +209,8 @@ def measurements(
         nats("kld_p999", float(np.quantile(everything, 0.999))),
     ]
     for what in ("top1", "covered"):
-        value = float(np.mean([getattr(text, what) for text in found]))
+        shares = [getattr(text, what) for text in found]
+        value = float(np.average(shares, weights=[len(part) for part in parts]))
         result.append(
             measure(f"{subject}.{what}", arm, Unit.SHARE, value, better="higher", context=context)
         )

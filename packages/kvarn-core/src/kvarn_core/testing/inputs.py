@@ -134,9 +134,9 @@ def uneven_tiles(
 def repeated_tiles(rows: int, cols: int, *, seed: int = 0) -> torch.Tensor:
     """Tiles whose tokens are alike, but for one or a few, as repeated text has them.
 
-    One token 127 times in 128 and another one; one 15 times in 16 and others; ten of the same number
-    in one channel alone, which is what a rotation makes of equal channels, and a token unlike them;
-    tokens that differ by a hundredth of their size.
+    In turn: one token throughout, but for another one; one 15 times in 16, and others; the same
+    number in one channel alone, which is what a rotation makes of equal channels, and one token
+    unlike that; tokens that differ by a hundredth of their size.
 
     Parameters
     ----------
