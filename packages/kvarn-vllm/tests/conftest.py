@@ -158,9 +158,13 @@ class Engine:
         prompts: Sequence[Sequence[int]],
         max_tokens: int | Sequence[int] = 40,
         before_step: Callable[[int], None] | None = None,
+        adapters: Sequence[Any] = (None,),
         **sampling: Any,
     ) -> dict[int, list[Answer]]:
-        """Answers by prompt number, one per sample. Aborted requests are left out."""
+        """Answers by prompt number, one per sample. Aborted requests are left out.
+
+        Prompts take the `adapters`, LoRA requests or None, in turn.
+        """
         from vllm import SamplingParams
         from vllm.sampling_params import RequestOutputKind
 
@@ -170,7 +174,10 @@ class Engine:
                 max_tokens=limit, ignore_eos=True, detokenize=False, logprobs=1,
                 output_kind=RequestOutputKind.FINAL_ONLY, **{"temperature": 0.0, **sampling},
             )  # fmt: skip
-            self.engine.add_request(str(number), {"prompt_token_ids": list(prompt)}, params)
+            self.engine.add_request(
+                str(number), {"prompt_token_ids": list(prompt)}, params,
+                lora_request=adapters[number % len(adapters)],
+            )  # fmt: skip
         answers, step = {}, 0
         while self.engine.has_unfinished_requests():
             if before_step:

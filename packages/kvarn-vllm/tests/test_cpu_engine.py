@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from kvarn_core import Preset, RecordLayout
 
@@ -241,6 +242,51 @@ def test_tensor_parallel(start, stock) -> None:
     options = {"tensor_parallel_size": 2, "distributed_executor_backend": "mp"}
     with start(DEBUG, **options) as engine:
         assert_same(engine.generate(requests() * 2), stock)
+
+
+def test_pipeline_parallel(start, stock) -> None:
+    """Two ranks with a layer each, the same page numbers on both."""
+    options = {"pipeline_parallel_size": 2, "distributed_executor_backend": "mp"}
+    with start(DEBUG, **options) as engine:
+        assert_same(engine.generate(requests() * 2), stock)
+
+
+def write_adapter(folder: Path, seed: int, head_dim: int = 128, rank: int = 8) -> Path:
+    """A LoRA adapter of the tiny model that changes queries, keys and values beyond recognition."""
+    generator = torch.Generator().manual_seed(seed)
+    outputs = {"q_proj": 4 * head_dim, "k_proj": 2 * head_dim, "v_proj": 2 * head_dim}
+    tensors = {}
+    for layer in range(2):
+        for name, width in outputs.items():
+            prefix = f"base_model.model.model.layers.{layer}.self_attn.{name}."
+            tensors[prefix + "lora_A.weight"] = torch.randn(rank, 128, generator=generator) / 11
+            tensors[prefix + "lora_B.weight"] = torch.randn(width, rank, generator=generator) / 3
+    config = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "r": rank, "lora_alpha": rank,
+              "target_modules": list(outputs), "bias": "none"}  # fmt: skip
+    folder.mkdir()
+    (folder / "adapter_config.json").write_text(json.dumps(config))
+    save_file(tensors, folder / "adapter_model.safetensors")
+    return folder
+
+
+def test_adapters_share_no_page(start, tmp_path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Equal prompts with two LoRA adapters, twice, so that each finds its own pages."""
+    from vllm.lora.request import LoRARequest
+    from vllm.utils.torch_utils import async_tensor_h2d
+
+    # vLLM pins memory here by the name of the system, with or without a GPU
+    monkeypatch.setattr(async_tensor_h2d, "__defaults__", (False,))
+    folders = [write_adapter(tmp_path / name, seed) for seed, name in enumerate("ab")]
+    adapters = [LoRARequest(f.name, i, str(f)) for i, f in enumerate(folders, 1)]
+    prompts = [prompt for prompt in requests() for _ in adapters] * 2
+    options = {"enable_lora": True, "max_loras": 2, "max_lora_rank": 8}
+    with start("auto", **options) as engine:
+        expected = engine.generate(prompts, adapters=adapters)
+    assert expected[0][0].tokens != expected[1][0].tokens
+    pages = {"max_num_batched_tokens": 300, "num_gpu_blocks_override": 60}
+    with start(DEBUG, **options, **pages) as engine:
+        assert_same(engine.generate(prompts, adapters=adapters), expected)
+        assert engine.preemptions > 0
 
 
 WITHOUT_PLUGIN = """

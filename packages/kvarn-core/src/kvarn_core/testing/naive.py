@@ -86,7 +86,8 @@ def factors_kvarn(T: F32, iterations: int = 4, *, keep_best: bool = True) -> F32
 
 def raise_factors(c: F32) -> F32:
     """Column factors of values: at least a quarter of their RMS."""
-    return np.maximum(c, np.float32(math.sqrt(float((c.astype(np.float64) ** 2).mean())) / 4))
+    least = math.sqrt(float((c.astype(np.float64) ** 2).mean())) / 4
+    return np.asarray(np.maximum(c, np.float32(least)))
 
 
 def factors_paper(T: F32, iterations: int = 8) -> F32:
