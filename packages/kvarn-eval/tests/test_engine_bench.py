@@ -72,6 +72,14 @@ def test_rates_of_parts_follow_the_speed() -> None:
     assert Decode.of(seen, 2, 0, 1.0).rates == pytest.approx([20, 20, 10, 10])
 
 
+def test_it_is_known_which_steps_were_slowest() -> None:
+    times = [0.0, 1.0, 2.0, 5.0, 6.0, 8.0, 9.0, 10.0]
+    seen = trace(*((t, 2 * i, 2, 0) for i, t in enumerate(times)))
+    slowest = Decode.of(seen, 2, 0, 1.0).slowest
+    assert len(slowest) == 5
+    assert slowest[:2] == [(2, 3.0), (4, 2.0)]
+
+
 def test_quantiles() -> None:
     assert quantiles(range(1, 101)) == [50.5, 100]
     assert quantiles([3.0]) == [3.0, 3.0]

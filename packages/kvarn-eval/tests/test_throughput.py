@@ -19,6 +19,8 @@ import json, sys, pathlib
 plan = json.loads(pathlib.Path(sys.argv[1]).read_text())
 cache = plan["engine"]["kv_cache_dtype"]
 print("GPU KV cache size: 1,000 tokens")
+if plan["output_tokens"] > 4:
+    print("INFO Directly load the compiled graph(s) for compile range (1, 64) from the cache")
 print(f"GPU KV cache size: {5 if cache.startswith('kvarn') else 1},234 tokens")
 if cache == "fp8":
     sys.exit("no such kernel")
@@ -54,6 +56,17 @@ def test_arms_that_fail_leave_the_others(tmp_path: Path, command: tuple[str, ...
     assert run.value("fp16", "prefill") == 20
     assert [error.splitlines()[-1] for error in errors] == ["no such kernel"]
     assert Run.load(tmp_path / "result.json") == run
+
+
+@pytest.mark.parametrize(("output_tokens", "compiled"), [(10, True), (4, False)])
+def test_it_is_known_whether_an_engine_had_to_compile(
+    tmp_path: Path, command: tuple[str, ...], output_tokens: int, compiled: bool
+) -> None:
+    """The stand-in says that it had not if answers are long."""
+    compared = settings(arms=("fp16",), output_tokens=output_tokens)
+    run, _ = run_throughput(compared, tmp_path, quiet, command=command)
+    start = next(m for m in run.measurements if m.name == "startup")
+    assert start.context["compiled_before"] is compiled
 
 
 def test_nothing_measured_is_an_error(tmp_path: Path, command: tuple[str, ...]) -> None:

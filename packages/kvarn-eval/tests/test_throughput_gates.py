@@ -63,6 +63,24 @@ def test_a_run_without_capacity_has_no_such_measurement() -> None:
     )
 
 
+@pytest.mark.parametrize(
+    ("tested", "reference", "verdict"),
+    [
+        (False, False, Verdict.FAIL),
+        (True, True, Verdict.FAIL),
+        (None, None, Verdict.FAIL),
+        (False, True, Verdict.INCONCLUSIVE),
+        (True, False, Verdict.INCONCLUSIVE),
+    ],
+)
+def test_starts_are_compared_if_both_arms_compiled_or_neither(
+    tested: bool | None, reference: bool | None, verdict: Verdict
+) -> None:
+    slow = {**figures(4.7, 2.1), "startup_seconds": 200.0, "compiled_before": tested}
+    gate = judge(slow, {**figures(), "compiled_before": reference})["startup_seconds"]
+    assert gate.verdict is verdict
+
+
 @pytest.mark.parametrize("tokens", [LONG, 600])
 def test_what_was_asked_for_and_is_missing_is_never_a_pass(tokens: int) -> None:
     found = [*measurements("kvarn", figures(4.7, 2.1, tokens)),

@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
 SEGMENTS = 4  # of a decode window; each gives one sample
+SLOWEST = 5  # steps of a decode window that are kept
 
 
 @dataclass
@@ -38,7 +39,10 @@ class Trace:
 
 @dataclass(frozen=True)
 class Decode:
-    """Decode speed of one batch; `rates` are tok/s of consecutive parts of the window."""
+    """Decode speed of one batch.
+
+    `rates` are tok/s of consecutive parts of the window, `slowest` its slowest steps: number and s.
+    """
 
     requests: int
     peak: int
@@ -48,6 +52,7 @@ class Decode:
     seconds: float
     rates: list[float]
     step_seconds: list[float]
+    slowest: list[tuple[int, float]]
 
     @classmethod
     def of(cls, trace: Trace, requests: int, preemptions: int, hit_share: float) -> Decode:
@@ -61,6 +66,7 @@ class Decode:
         first, last = window
         times, tokens = trace.times[first : last + 1], trace.tokens[first : last + 1]
         parts = min(SEGMENTS, last - first)
+        steps = [b - a for a, b in pairwise(times)]
         cuts = [round(i * (len(times) - 1) / parts) for i in range(parts + 1)]
         return cls(
             requests=requests,
@@ -70,7 +76,8 @@ class Decode:
             tokens=tokens[-1] - tokens[0],
             seconds=times[-1] - times[0],
             rates=[(tokens[b] - tokens[a]) / (times[b] - times[a]) for a, b in pairwise(cuts)],
-            step_seconds=quantiles([b - a for a, b in pairwise(times)]),
+            step_seconds=quantiles(steps),
+            slowest=sorted(enumerate(steps), key=lambda step: -step[1])[:SLOWEST],
         )
 
 

@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 
 CHILD = (sys.executable, "-m", "kvarn_eval.engine_bench")
 REPORTED = re.compile(r"KV cache size: ([\d,]+) tokens")
+COMPILED = "Directly load the compiled graph"  # vLLM found what an earlier engine had compiled
 FLASH_ATTENTION = "flash_attn_version"
 # What a result says of the environment: an allow-list, because others hold keys and folders.
 VARIABLES = (
@@ -184,7 +185,8 @@ def measure_arm(
     Returns
     -------
     dict
-        Figures of `engine_bench.measure_arm`, with ``reported_tokens`` from the engine's log,
+        Figures of `engine_bench.measure_arm`, with ``reported_tokens`` and ``compiled_before`` (an
+        earlier engine left its compiled graphs) from the engine's log,
         ``slowdown_us`` of `kvarn_core.testing.throttle`, the GPUs and the plan.
 
     Raises
@@ -201,8 +203,10 @@ def measure_arm(
     before = slowdown_us()
     run_child(f"Arm {arm}", child, log, environment, settings.arm_seconds)
     found: dict[str, Any] = json.loads(raw.read_text(encoding="utf-8"))
-    sizes = REPORTED.findall(log.read_text(encoding="utf-8", errors="replace"))
+    said = log.read_text(encoding="utf-8", errors="replace")
+    sizes = REPORTED.findall(said)
     found["reported_tokens"] = int(sizes[-1].replace(",", "")) if sizes else None
+    found["compiled_before"] = COMPILED in said
     found["slowdown_us"] = slowed(before)
     found["gpus"] = _gpus()
     found["plan"] = plan

@@ -53,8 +53,16 @@ def measurements(arm: str, figures: dict[str, Any]) -> list[Measurement]:
     prefill = figures["prefill_tokens"] / figures["prefill_seconds"]
     burst = {"requests": plan["requests"], "tokens": plan["prompt_tokens"]}
     pool = figures["pages"] * figures["page_size"]
+    start = {"compiled_before": figures.get("compiled_before")}
     found = [
-        measure("startup", arm, Unit.SECONDS, figures["startup_seconds"], better="lower"),
+        measure(
+            "startup",
+            arm,
+            Unit.SECONDS,
+            figures["startup_seconds"],
+            better="lower",
+            context=start,
+        ),
         measure("pool_tokens", arm, Unit.TOKENS, pool, better="higher"),
         measure(
             "requests_that_fit",
@@ -197,6 +205,9 @@ def gates(
         if slow and name not in CAPACITY:
             verdict = Verdict.INCONCLUSIVE
             reason += f"; the GPU slowed itself down for heat or power while {slow} ran"
+        elif difference and _unequal_starts(measured, keys):
+            verdict = Verdict.INCONCLUSIVE
+            reason += "; one of the two found what an earlier engine had compiled"
         found.append(
             Gate(
                 name=name,
@@ -213,6 +224,11 @@ def gates(
     if TESTED in arms:
         found.append(_steady(measured, speed=speed, slow=slow))
     return found
+
+
+def _unequal_starts(measured: dict[str, Measurement], keys: list[str]) -> bool:
+    """Whether one arm had to compile and the other had not."""
+    return len({measured[key].context.get("compiled_before") for key in keys} - {None}) > 1
 
 
 def _undecided(name: str, keys: list[str], measured: dict[str, Measurement]) -> Gate:
