@@ -40,5 +40,13 @@ def sanitise(x):  # type: ignore[no-untyped-def]
 
 @triton.jit
 def to_fp16(x):  # type: ignore[no-untyped-def]
-    """Round to fp16, half to even, saturating."""
+    """Round to fp16, half to even, saturating; of what cannot be NaN."""
     return tl.minimum(tl.maximum(x, -FP16_MAX), FP16_MAX).to(tl.float16)
+
+
+@triton.jit
+def cast(x, dtype: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Round to a model's dtype; fp16 saturates, NaN stays NaN."""
+    if dtype == tl.float16:
+        x = tl.clamp(x, -FP16_MAX, FP16_MAX, propagate_nan=tl.PropagateNan.ALL)
+    return x.to(dtype)

@@ -98,6 +98,16 @@ def test_probabilities_times_the_largest_scale_are_finite(
     assert lse.isfinite().all()
 
 
+def test_a_query_that_is_no_number_gets_none(emulated: Emulated) -> None:
+    tokens = (200, 40)
+    paging = stored(SMALL, tokens, 1)
+    query = query_of(paging, 4)
+    query[0, 1, 5] = torch.nan
+    lost = emulated.decode(paging, query, tokens)[0].isnan().any(2)
+    assert lost[0].tolist() == [False, True, False, False]
+    assert not lost[1].any()
+
+
 @pytest.mark.parametrize("ratio", [8, 16])
 def test_scores_that_keep_growing(ratio: int, emulated: Emulated) -> None:
     """Every warp meets larger and larger maxima, and rescales what it has."""

@@ -90,6 +90,17 @@ def test_triton_agrees_with_the_reference(
     assert_close(lse, want_lse, tolerance=ROUNDING)
 
 
+def test_a_query_that_is_no_number_gets_none(kernel_device: torch.device) -> None:
+    tokens = (200, 40)
+    paging = _stored(SMALL, tokens, 1)
+    query = _query(paging, 4, torch.float16)
+    query[0, 1, 5] = torch.nan
+    for out, _ in _both(paging, query, tokens, kernel_device):
+        lost = out.isnan().any(2)
+        assert lost[0].tolist() == [False, True, False, False]
+        assert not lost[1].any()
+
+
 def test_hits_and_a_missing_sink(kernel_device: torch.device) -> None:
     tokens = (300, 230, 200)
     paging = allocate(SMALL, tokens, hits=[0, 3, 0], donors=[0, 0, 0])

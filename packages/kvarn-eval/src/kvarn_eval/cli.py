@@ -173,8 +173,9 @@ def throughput(
         "max_num_seqs": max_num_seqs,
         "max_num_batched_tokens": max_num_batched_tokens,
         "load_format": load_format,
-        "tensor_parallel_size": tensor_parallel,
     }
+    if tensor_parallel > 1:
+        engine["tensor_parallel_size"] = tensor_parallel
     if cache_mib is None:
         engine["gpu_memory_utilization"] = gpu_memory_utilization
     else:

@@ -41,7 +41,8 @@ class Trace:
 class Decode:
     """Decode speed of one batch.
 
-    `rates` are tok/s of consecutive parts of the window, `slowest` its slowest steps: number and s.
+    `rates` are tok/s of consecutive parts of the window, `slowest` (index, seconds) of its slowest
+    steps.
     """
 
     requests: int

@@ -11,7 +11,7 @@ import os
 import subprocess
 import sys
 import time
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -62,29 +62,27 @@ def serve(runner: str, gpus: str, folder: Path, name: str) -> tuple[dict[str, An
     return json.loads(out.read_text(encoding="utf-8")), [rows[name] for name in rows.files]
 
 
-class Served(dict[str, Any]):
-    """``<runner>-one``, ``-two`` and ``-repeated``, served when asked for.
+class Served:
+    """``<runner>-one``, ``-two`` and ``-repeated``, served when asked for, or failed, once.
 
     The first that is asked for serves both runners on one GPU each; no two engines share a GPU.
     """
 
     def __init__(self, folder: Path) -> None:
-        super().__init__()
         self.folder = folder
+        self.engines: dict[str, Future[tuple[dict[str, Any], list[Any]]]] = {}
 
-    def __missing__(self, name: str) -> tuple[dict[str, Any], list[Any]]:
-        if not self:
+    def __getitem__(self, name: str) -> tuple[dict[str, Any], list[Any]]:
+        if not self.engines:
             with ThreadPoolExecutor(2) as pool:
-                single = {
-                    f"{runner}-one": pool.submit(serve, runner, str(gpu), self.folder, "one")
-                    for gpu, runner in enumerate(RUNNERS)
-                }
-                self.update((key, one.result()) for key, one in single.items())
-        if name not in self:
+                for gpu, runner in enumerate(RUNNERS):
+                    one = pool.submit(serve, runner, str(gpu), self.folder, "one")
+                    self.engines[f"{runner}-one"] = one
+        if name not in self.engines:
             runner, which = name.split("-")
-            self[name] = serve(runner, "0,1", self.folder, which)
-        found: tuple[dict[str, Any], list[Any]] = self[name]
-        return found
+            with ThreadPoolExecutor(1) as pool:
+                self.engines[name] = pool.submit(serve, runner, "0,1", self.folder, which)
+        return self.engines[name].result()
 
 
 @pytest.fixture(scope="module")

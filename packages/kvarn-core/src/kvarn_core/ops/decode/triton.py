@@ -21,7 +21,7 @@ import torch
 import triton
 import triton.language as tl
 
-from kvarn_core.butterfly import rotate, to_fp16
+from kvarn_core.butterfly import cast, rotate
 from kvarn_core.dispatch import on
 from kvarn_core.layout import HEAD_DIMS, HIT_COLUMN, RING_COLUMN, SINK_COLUMN, RecordLayout
 from kvarn_core.spec import PRESETS
@@ -75,7 +75,7 @@ def _decode_kernel(
     o_d = tl.arange(0, D)
     p_q = p_query + i_row.to(tl.int64) * query_stride + o_head[:, None] * D + o_d[None, :]
     b_q = tl.load(p_q, mask=m_n[:, None], other=0.0).to(tl.float32)
-    b_q = to_fp16(rotate(b_q, HEADS, D) * scale).trans(1, 0)  # [D, N], log2 units
+    b_q = cast(rotate(b_q, HEADS, D) * scale, tl.float16).trans(1, 0)  # [D, N], log2 units
 
     p_head = p_cache + i_kv.to(tl.int64) * RECORD
     page_bytes = num_kv_heads.to(tl.int64) * RECORD
@@ -193,10 +193,7 @@ def _combine_kernel(
         b_out = b_out * old + tl.sum(b_o * b_weight[:, None], 0)
         top = new_top
     b_out = rotate((b_out / total).reshape(1, D), 1, D).reshape(D)
-    if p_out.dtype.element_ty == tl.float16:
-        tl.store(p_o, to_fp16(b_out))
-    else:
-        tl.store(p_o, b_out.to(p_out.dtype.element_ty))
+    tl.store(p_o, cast(b_out, p_out.dtype.element_ty))
     tl.store(p_l, LN_2 * (top + tl.log2(total)))
 
 

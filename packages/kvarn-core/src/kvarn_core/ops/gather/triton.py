@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING
 import triton
 import triton.language as tl
 
-from kvarn_core.butterfly import FP16_MAX, rotate
+from kvarn_core.butterfly import cast, rotate
 from kvarn_core.dispatch import on
 from kvarn_core.layout import HEAD_DIMS, HIT_COLUMN, RING_COLUMN, SINK_COLUMN, RecordLayout
 from kvarn_core.spec import PRESETS
@@ -77,12 +77,12 @@ def _gather_kernel(
         m_record = (m_token & (o_token >= sink_stop))[:, None]
         i_block = first // TOKENS % (G // TOKENS)
         b_key = _key_block(p_record, i_block, G, D, K_BITS, K_SCALE, K_ZERO, K_TOKEN_SCALE)
-        tl.store(p_key + o_out, _cast(b_key, p_key), mask=m_record)
+        tl.store(p_key + o_out, cast(b_key, p_key.dtype.element_ty), mask=m_record)
         b_value = _value_block(
             p_record + V_CODES, i_block, G, D, V_BITS,
             V_CHANNEL_SCALE - V_CODES, V_SCALE - V_CODES, V_ZERO - V_CODES,
         )  # fmt: skip
-        tl.store(p_value + o_out, _cast(b_value, p_value), mask=m_record)
+        tl.store(p_value + o_out, cast(b_value, p_value.dtype.element_ty), mask=m_record)
         if first < sink_stop:
             p_sink = p_head + sink.to(tl.int64) * page_stride + o_token * (4 * D)
             _copy_rows(p_sink, o_token, p_key + o_out, p_value + o_out, m_sink, D)
@@ -109,7 +109,9 @@ def _rotate_kernel(
     o_out = (i_token * out_token + i_head * out_head) * UNIT
     o_d = tl.arange(0, D)[None, :]
     b_x = tl.load(p_x + o_x[:, None] + o_d, mask=m_row, other=0.0).to(tl.float32)
-    tl.store(p_out + o_out[:, None] + o_d, _cast(rotate(b_x, ROWS, D), p_out), mask=m_row)
+    tl.store(
+        p_out + o_out[:, None] + o_d, cast(rotate(b_x, ROWS, D), p_out.dtype.element_ty), mask=m_row
+    )
 
 
 @triton.jit
@@ -205,14 +207,6 @@ def _copy_rows(p_rows, page_row, p_key, p_value, m_row, D: tl.constexpr):
     tl.store(p_key, b_key.to(p_key.dtype.element_ty), mask=m_row[:, None])
     b_value = tl.load(p + D, mask=m_row[:, None, None]).reshape(TOKENS, D)
     tl.store(p_value, b_value.to(p_value.dtype.element_ty), mask=m_row[:, None])
-
-
-@triton.jit
-def _cast(b, p):
-    """To the dtype behind a pointer; fp16 saturates, NaN stays NaN."""
-    if p.dtype.element_ty == tl.float16:
-        b = tl.clamp(b, -FP16_MAX, FP16_MAX, propagate_nan=tl.PropagateNan.ALL)
-    return b.to(p.dtype.element_ty)
 
 
 # --- launch ------------------------------------------------------------------------------------

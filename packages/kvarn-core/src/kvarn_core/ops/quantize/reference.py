@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from kvarn_core.spec import Recipe
 
 GAUSSIAN_STEP = 0.9957  # optimal step of a uniform 4-level quantiser of a unit Gaussian
-FACTOR_RANGE = 4.0  # of values: RMS of the column factors over the least of them, at most
+FACTOR_RANGE = 4.0  # of values: RMS of the column factors found, over the least one kept
 
 
 def encode_key(key: torch.Tensor, layout: RecordLayout, recipe: Recipe) -> torch.Tensor:
