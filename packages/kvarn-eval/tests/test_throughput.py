@@ -101,6 +101,18 @@ def test_figures_are_reused_only_if_they_fit(tmp_path: Path, command: tuple[str,
         run_throughput(both, tmp_path, quiet, reuse=True, command=command)
 
 
+def test_the_commit_of_a_reused_arm_is_named(
+    tmp_path: Path, command: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("KVARN_COMMIT", "earlier")
+    run, _ = run_throughput(settings(arms=("fp16",)), tmp_path, quiet, command=command)
+    assert run.commits == {}
+    monkeypatch.setenv("KVARN_COMMIT", "later")
+    both = settings(arms=("fp16", "kvarn"))
+    run, _ = run_throughput(both, tmp_path, quiet, reuse=True, command=command)
+    assert run.commits == {"fp16": ["earlier"]}
+
+
 def test_arms_differ_in_their_cache_only() -> None:
     compared = settings(engine={"max_num_seqs": 8}, turboquant_flash_attention=3)
     plans = {arm: compared.plan(arm) for arm in compared.arms}

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 from kvarn_core.testing.throttle import slowdown_us, slowed
 from kvarn_eval.engine_bench import Plan, burst_shape
-from kvarn_eval.schema import Arm, Model, Run, describe_run, find_gpus, portable
+from kvarn_eval.schema import Arm, Git, Model, Run, describe_run, find_gpus, git_state, portable
 from kvarn_eval.server import OFFLINE, run_child
 from kvarn_eval.throughput_gates import REFERENCE, TESTED, gates, limits_of, measurements
 
@@ -187,7 +187,7 @@ def measure_arm(
     dict
         Figures of `engine_bench.measure_arm`, with ``reported_tokens`` and ``compiled_before`` (an
         earlier engine left its compiled graphs) from the engine's log,
-        ``slowdown_us`` of `kvarn_core.testing.throttle`, the GPUs and the plan.
+        ``slowdown_us`` of `kvarn_core.testing.throttle`, the GPUs, the plan and the commit.
 
     Raises
     ------
@@ -210,6 +210,7 @@ def measure_arm(
     found["slowdown_us"] = slowed(before)
     found["gpus"] = _gpus()
     found["plan"] = plan
+    found["commit"] = git_state().sha
     raw.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
     return found
 
@@ -298,7 +299,7 @@ def run_throughput(
 
 
 def assemble(
-    header: dict[str, object],
+    header: dict[str, Any],
     settings: Settings,
     found: dict[str, dict[str, Any]],
     seconds: float,
@@ -312,6 +313,7 @@ def assemble(
             **header,
             "seconds": round(seconds, 1),
             "arms": {arm: settings.describe(arm) for arm in found},
+            "commits": _commits(found, header["git"]),
             "measurements": measured,
             "gates": gates(
                 by_key,
@@ -323,6 +325,12 @@ def assemble(
             ),
         }
     )
+
+
+def _commits(found: dict[str, dict[str, Any]], git: Git) -> dict[str, list[str]]:
+    """Those of arms that were measured at another commit than that of this run."""
+    commits = {arm: figures.get("commit") for arm, figures in found.items()}
+    return {arm: [commit] for arm, commit in commits.items() if commit not in (None, git.sha)}
 
 
 def _raw(out: Path, arm: str) -> Path:
