@@ -154,9 +154,9 @@ def describe_gpu(line: str) -> dict[str, Any]:
 
 
 def git() -> dict[str, Any]:
-    """State of the checkout, or ``KVARN_COMMIT``: what a copy elsewhere says it is."""
+    """State of the checkout, or ``KVARN_COMMIT``: what a copy elsewhere says it is, unchecked."""
     if named := os.environ.get("KVARN_COMMIT"):
-        return {"sha": named, "dirty": False}
+        return {"sha": named, "dirty": None}
     here = str(Path(__file__).parent)
     sha = _output("git", "-C", here, "rev-parse", "HEAD")
     changes = _output("git", "-C", here, "status", "--porcelain", "--untracked-files=no")

@@ -158,4 +158,4 @@ def test_a_copy_may_be_told_its_commit(monkeypatch: pytest.MonkeyPatch) -> None:
     )
     monkeypatch.setenv("KVARN_COMMIT", "abc")
     header = describe_run("demo", "0", Model(name="m", weights_sha256=None, dtype="float16"))
-    assert header["git"] == schema.Git(sha="abc", dirty=False)
+    assert header["git"] == schema.Git(sha="abc", dirty=None)

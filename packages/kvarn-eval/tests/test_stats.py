@@ -12,6 +12,7 @@ from kvarn_eval.stats import (
     mean_interval,
     non_inferiority,
     ratio_samples,
+    score_interval,
     speed_change,
     upper_share,
 )
@@ -75,6 +76,28 @@ def test_non_inferiority_at_a_margin_of_one_point(
     assert non_inferiority(differences, 0.01).verdict is verdict
 
 
+def test_to_lose_more_never_helps() -> None:
+    bounds = [
+        non_inferiority([-lost, *[0.0] * 15], 0.1).lower_bound for lost in (0.0, 0.25, 0.5, 1.0)
+    ]
+    assert bounds == sorted(bounds, reverse=True)
+    assert bounds[1] < bounds[0] < -0.1
+
+
+@pytest.mark.parametrize(
+    ("scores", "low", "high"),  # Clopper-Pearson, by the beta distribution
+    [
+        ([1.0] * 64, 0.025 ** (1 / 64), 1.0),
+        ([0.0] * 16, 0.0, 0.20591),
+        ([1.0] * 62 + [0.5] * 2, 0.91598, 1.0),  # one item was lost, 63 won
+    ],
+)
+def test_an_interval_of_few_scores_is_no_narrower_than_the_exact_one(
+    scores: list[float], low: float, high: float
+) -> None:
+    assert score_interval(scores) == (pytest.approx(low, abs=1e-5), pytest.approx(high, abs=2e-3))
+
+
 @pytest.mark.parametrize(
     ("count", "total", "bound"),  # by the beta distribution
     [(0, 200, 1 - 0.05 ** (1 / 200)), (1, 10, 0.39416), (5, 5, 1.0), (24, 1024, 0.03280)],
@@ -119,7 +142,9 @@ def test_items_needed(discordant: float, margin: float, items: int) -> None:
         ([100.0] * 5, [94.0] * 5, True, 0.06, Verdict.FAIL),
         ([100.0] * 5, [106.0] * 5, True, -0.06, Verdict.PASS),
         ([100.0] * 5, [106.0] * 4, False, 0.06, Verdict.INCONCLUSIVE),
-        ([96.0, 98.0, 100.0, 102.0, 104.0], [107.0] * 5, False, 0.07, Verdict.PASS),  # 3 x noise
+        ([96.0, 98.0, 100.0, 102.0, 104.0], [107.0] * 5, False, 0.07, Verdict.INCONCLUSIVE),
+        ([96.0, 98.0, 100.0, 102.0, 104.0], [104.0] * 5, False, 0.04, Verdict.PASS),
+        ([96.0, 98.0, 100.0, 102.0, 104.0], [110.0] * 5, False, 0.10, Verdict.FAIL),  # 3 x noise
         ([90.0, 96.0, 100.0, 104.0, 110.0], [120.0] * 5, False, 0.2, Verdict.INCONCLUSIVE),
     ],
 )

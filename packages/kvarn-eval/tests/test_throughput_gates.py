@@ -128,6 +128,13 @@ def test_each_shortfall_turns_its_gate_red(factor: float, speed: float, red: set
     assert all(gate.required for gate in found.values())
 
 
+def test_nothing_is_many_times_zero() -> None:
+    nothing = {**figures(), "requests_that_fit": 0}
+    gate = judge(figures(), nothing)["requests_that_fit"]
+    assert gate.verdict is Verdict.INCONCLUSIVE
+    assert gate.reason.endswith("; fp16 has none")
+
+
 def test_a_slow_start_is_a_difference_in_seconds() -> None:
     slow = {**figures(4.7, 2.1), "startup_seconds": 131.0}
     gate = judge(slow, figures())["startup_seconds"]

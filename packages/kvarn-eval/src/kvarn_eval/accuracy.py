@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from kvarn_eval.schema import Gate, Measurement, Unit, Verdict, measure
 from kvarn_eval.small_model import tasks
-from kvarn_eval.stats import mcnemar, mean_interval, non_inferiority
+from kvarn_eval.stats import mcnemar, non_inferiority, score_interval
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -132,7 +132,7 @@ def _accuracy(name: str, arm: str, right: list[float], raw: str) -> Measurement:
         Unit.SHARE,
         sum(right) / len(right),
         better="higher",
-        interval=mean_interval(right),
+        interval=score_interval(right),
         context={"items": len(right)},
         raw=raw,
     )

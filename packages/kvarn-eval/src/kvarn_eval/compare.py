@@ -206,8 +206,12 @@ def compare_speed(pair: Pair, doubts: list[str]) -> Change | None:
     if doubts:
         verdict, reason = Verdict.INCONCLUSIVE, f"{reason}; {doubts[0]}"
     elif verdict is Verdict.INCONCLUSIVE:
-        quiet = found.noise <= threshold
-        reason += "; too few samples" if quiet else f", above {100 * threshold:g} %"
+        if found.noise > threshold:
+            reason += f", above {100 * threshold:g} %"
+        elif min(len(pair.base.samples), len(pair.head.samples)) < MIN_SAMPLES:
+            reason += "; too few samples"
+        else:
+            reason += f"; a loss above {100 * threshold:g} % may be noise"
     return pair.change(
         verdict,
         reason,

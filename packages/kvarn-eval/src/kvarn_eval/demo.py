@@ -47,7 +47,7 @@ if TYPE_CHECKING:
 
 REFERENCE, TESTED = "fp16", "kvarn"
 ACCURACY_MARGIN = 0.05
-MAX_KLD = 0.002  # nats, on program text; the published recipe as served has 0.0057
+MAX_KLD = 0.0014  # nats, on program text; 0.0010 seen, the published recipe has 0.0016 here
 MIN_TOP1 = 0.98
 MIN_POOL_RATIO = 4.0
 # Threads that spin while they wait starve the others of a small machine: a hundredfold slowdown

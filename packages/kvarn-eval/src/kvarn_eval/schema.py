@@ -104,10 +104,10 @@ class Environment(Strict):
 
 
 class Git(Strict):
-    """State of the checkout, or ``KVARN_COMMIT``: what a copy elsewhere says it is."""
+    """State of the checkout, or ``KVARN_COMMIT``: what a copy elsewhere says it is, unchecked."""
 
     sha: str | None
-    dirty: bool
+    dirty: bool | None
 
 
 class Model(Strict):
@@ -332,7 +332,7 @@ def _output(*command: str) -> str | None:
 def git_state() -> Git:
     """Commit of the sources in use, and whether they were changed since."""
     if named := os.environ.get("KVARN_COMMIT"):
-        return Git(sha=named, dirty=False)
+        return Git(sha=named, dirty=None)
     here = str(Path(__file__).parent)
     sha = _output("git", "-C", here, "rev-parse", "HEAD")
     changes = _output("git", "-C", here, "status", "--porcelain", "--untracked-files=no")

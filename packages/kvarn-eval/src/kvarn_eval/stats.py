@@ -26,6 +26,7 @@ RESAMPLES = 10_000
 MIN_SAMPLES = 5  # of each side; fewer say nothing about their own noise
 SEED = 20_260_603
 _CHUNK = 500  # resamples drawn at once; bounds memory
+_WHOLE = 1e-9  # sums of scores this close to a whole number of items are one
 
 
 def _draws(count: int, strata: Sequence[object] | None) -> Iterator[Indices]:
@@ -75,6 +76,22 @@ def mean_interval(
     return interval(ratio_samples(values, [1.0] * len(values), strata), level)
 
 
+def score_interval(
+    scores: Sequence[float], strata: Sequence[object] | None = None, level: float = 0.95
+) -> tuple[float, float]:
+    """Two-sided interval of a mean of scores from 0 to 1, one per item.
+
+    Notes
+    -----
+    Resampling items of which none was lost shows none lost. The interval is therefore no narrower
+    than the exact one (Clopper-Pearson) of the share that was reached, rounded outwards to items.
+    """
+    low, high = mean_interval(scores, strata, level)
+    count, reached, tail = len(scores), float(sum(scores)), (1 + level) / 2
+    won, lost = (math.ceil(n - _WHOLE) for n in (reached, count - reached))
+    return min(low, 1 - upper_share(lost, count, tail)), max(high, upper_share(won, count, tail))
+
+
 def interval(samples: Floats, level: float = 0.95) -> tuple[float, float]:
     """Central interval that holds `level` of the bootstrap samples."""
     tail = (1 - level) / 2
@@ -114,14 +131,14 @@ def non_inferiority(
     Notes
     -----
     Resampling a handful of lost items, or none, does not show how many more a population may hold.
-    Where every item is right or wrong, the bound is therefore no higher than the one with the exact
-    (Clopper-Pearson) bound of the share of lost items.
+    The bound is therefore no higher than the one with the exact (Clopper-Pearson) bound of the
+    share of lost items; what items lost in part counts together, rounded up to items.
     """
     samples = ratio_samples(differences, [1.0] * len(differences), strata)
     mean, bound = float(np.mean(differences)), float(np.quantile(samples, 0.05))
-    if set(differences) <= {-1, 0, 1}:
-        count, lost, won = len(differences), differences.count(-1), differences.count(1)
-        bound = min(bound, won / count - upper_share(lost, count))
+    count, won = len(differences), sum(max(d, 0.0) for d in differences)
+    lost = math.ceil(-sum(min(d, 0.0) for d in differences) - _WHOLE)
+    bound = min(bound, won / count - upper_share(lost, count))
     verdict = Verdict.INCONCLUSIVE
     if mean <= -margin:
         verdict = Verdict.FAIL
@@ -173,8 +190,9 @@ def speed_change(
     -------
     SpeedChange
         Inconclusive if a side has fewer than `MIN_SAMPLES` samples or a noise (1.4826 times the
-        median absolute deviation over the median) above `threshold`; otherwise fail if the loss is
-        above the larger of `threshold` and three times the noise, else pass.
+        median absolute deviation over the median) above `threshold`. Otherwise pass up to a loss
+        of `threshold`, fail above the larger of it and three times the noise, and inconclusive
+        between the two.
 
     Raises
     ------
@@ -188,9 +206,12 @@ def speed_change(
     loss = -change if higher_is_better else change
     noise = max(spread / middle, other_spread / other)
     limit = max(threshold, 3 * noise)
-    verdict = Verdict.FAIL if loss > limit else Verdict.PASS
-    if noise > threshold or min(len(base), len(head)) < MIN_SAMPLES:
-        verdict = Verdict.INCONCLUSIVE
+    verdict = Verdict.INCONCLUSIVE
+    if noise <= threshold and min(len(base), len(head)) >= MIN_SAMPLES:
+        if loss > limit:
+            verdict = Verdict.FAIL
+        elif loss <= threshold:
+            verdict = Verdict.PASS
     return SpeedChange(loss, noise, limit, verdict)
 
 

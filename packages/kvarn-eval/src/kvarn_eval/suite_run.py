@@ -40,6 +40,7 @@ if TYPE_CHECKING:
     Found = dict[tuple[str, str], dict[str, Any]]  # by profile and arm
 
 LEAST_OVER_FLOOR = 2.0  # an exact cache would have about 1
+LEAST_FLOOR = 1e-6  # nats; a reference may score itself without any difference
 
 
 def check_all(setup: Setup, progress: Progress) -> dict[str, Checked]:
@@ -295,13 +296,14 @@ def quantises_gates(suite: Suite, measured: list[Measurement]) -> list[Gate]:
     """Self-check: records are read. An arm that never quantises would pass every bound on KLD."""
     rules = []
     values = {m.key: m.median for m in measured}
+    texts = any(".traces." in key or ".floor." in key for key in values)
     for profile in suite.profiles:
         keys = [
             f"{suite.tested}:{profile}.traces.kld_mean",
             f"{suite.reference}:{profile}.floor.kld_mean",
         ]
         if all(key in values for key in keys):
-            value = values[keys[0]] / max(values[keys[1]], 1e-12)
+            value = values[keys[0]] / max(values[keys[1]], LEAST_FLOOR)
             rules.append(
                 Gate(
                     name=f"{profile}.traces.quantises",
@@ -313,6 +315,9 @@ def quantises_gates(suite: Suite, measured: list[Measurement]) -> list[Gate]:
                     evidence=keys,
                 )
             )
+        elif texts:
+            lacking = [key for key in keys if key not in values]
+            rules.append(_undecided(f"{profile}.traces.quantises", lacking, measured))
     return rules
 
 
@@ -348,14 +353,16 @@ def limit_gates(
 def limit_gate(limit: Limit, measured: list[Measurement], here: bool) -> Gate:
     """One limit; `here` says whether this is the machine that it was set for."""
     values = [m.median for m in measured]
-    value, rule = values[0], f"{limit.quantity}({limit.arm})"
+    value, rule, none = values[0], f"{limit.quantity}({limit.arm})", False
     if limit.over:
         value, rule = values[0] / max(values[1], 1e-12), f"{rule} / {limit.quantity}({limit.over})"
+        none = values[1] <= 0
     elif limit.minus:
         value, rule = values[0] - values[1], f"{rule} - {limit.quantity}({limit.minus})"
     bound = limit.at_least if limit.at_least is not None else limit.at_most
     assert bound is not None
     holds = value >= bound if limit.at_least is not None else value <= bound
+    verdict = Verdict.PASS if holds else Verdict.FAIL
     against = " against ".join(f"{x:,.6g}" for x in values)
     return Gate(
         name=f"{limit.quantity}.{limit.arm}",
@@ -363,7 +370,7 @@ def limit_gate(limit: Limit, measured: list[Measurement], here: bool) -> Gate:
         value=value,
         limit=bound,
         required=limit.required and here,
-        verdict=Verdict.PASS if holds else Verdict.FAIL,
+        verdict=Verdict.INCONCLUSIVE if none else verdict,  # nothing is many times zero
         reason=f"{against} {measured[0].unit.value}",
         evidence=[m.key for m in measured],
     )

@@ -9,7 +9,7 @@ import numpy as np
 
 from kvarn_eval.lm_tasks import MIN_SHARE_READING_RECORDS
 from kvarn_eval.schema import Gate, Measurement, Unit, Verdict, measure
-from kvarn_eval.stats import mcnemar, mean_interval, non_inferiority, ratio_samples
+from kvarn_eval.stats import mcnemar, non_inferiority, ratio_samples, score_interval
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -60,7 +60,7 @@ def accuracy(
         Unit.SHARE,
         sum(values) / len(values),
         better="higher",
-        interval=mean_interval(values, strata),
+        interval=score_interval(values, strata),
         context=context,
         raw=raw,
     )

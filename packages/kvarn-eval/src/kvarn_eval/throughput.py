@@ -34,6 +34,8 @@ COMPILED = "Directly load the compiled graph"  # vLLM found what an earlier engi
 FLASH_ATTENTION = "flash_attn_version"
 # What a result says of the environment: an allow-list, because others hold keys and folders.
 VARIABLES = (
+    "NCCL_NVLS_ENABLE",
+    "TORCH_SYMM_MEM_DISABLE_MULTICAST",
     "VLLM_ALLREDUCE_USE_FLASHINFER",
     "VLLM_ALLREDUCE_USE_SYMM_MEM",
     "VLLM_ATTENTION_BACKEND",

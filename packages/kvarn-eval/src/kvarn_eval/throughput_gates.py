@@ -202,7 +202,10 @@ def gates(
         sign = "-" if difference else "/"
         verdict = Verdict.PASS if holds else Verdict.FAIL
         reason = f"{tested:,.6g} against {reference:,.6g} {measured[keys[0]].unit.value}"
-        if slow and name not in CAPACITY:
+        if not difference and reference <= 0:
+            verdict = Verdict.INCONCLUSIVE
+            reason += f"; {REFERENCE} has none"
+        elif slow and name not in CAPACITY:
             verdict = Verdict.INCONCLUSIVE
             reason += f"; the GPU slowed itself down for heat or power while {slow} ran"
         elif difference and _unequal_starts(measured, keys):
