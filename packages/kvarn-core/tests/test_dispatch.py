@@ -35,6 +35,7 @@ def capability(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) 
     """Pretend that there is a GPU of the given compute capability."""
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: request.param)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Imagined GPU")
+    monkeypatch.setattr("kvarn_core.nvrtc.driver_obstacle", lambda: None)
 
 
 @pytest.mark.parametrize("capability", [(8, 0), (12, 0)], indirect=True)
@@ -63,6 +64,18 @@ def test_hopper_gets_cuda_if_it_can_compile(
     dispatch._select_on_gpu.cache_clear()
     assert select(GPU, LAYOUT, kernels=("triton", "cuda")) == "triton"
     assert explain(GPU, LAYOUT).endswith("run: the package cuda-bindings is not installed.")
+
+
+@pytest.mark.parametrize("capability", [(9, 0)], indirect=True)
+def test_an_older_driver_gets_triton_and_a_reason(
+    capability: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("kvarn_core.nvrtc.obstacle", lambda: None)
+    monkeypatch.setattr("kvarn_core.nvrtc.driver_obstacle", lambda: "the driver is old")
+    assert select(GPU, LAYOUT, kernels=("triton", "cuda")) == "triton"
+    assert explain(GPU, LAYOUT).endswith("The cuda engine cannot run: the driver is old.")
+    with pytest.raises(RuntimeError, match=r"the driver is old\. Use the triton engine"):
+        select(GPU, LAYOUT, "cuda", kernels=("triton", "cuda"))
 
 
 @pytest.mark.parametrize("capability", [(7, 5)], indirect=True)
@@ -107,7 +120,7 @@ def test_the_reference_can_be_asked_for_anywhere(capability: None) -> None:
 
 
 def test_a_missing_package_is_a_reason(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("kvarn_core.dispatch._triton_installed", lambda: False)
+    monkeypatch.setattr("kvarn_core.dispatch.triton_installed", lambda: False)
     assert select(GPU, LAYOUT) == "reference"
     assert explain(GPU, LAYOUT).endswith("because the package triton is not installed.")
 

@@ -54,14 +54,53 @@ def test_an_empty_log_leaves_single_bytes_alone(program: Program) -> None:
 
 
 @compiles
-def test_everything_that_matters_is_part_of_the_key(program: Program) -> None:
+def test_everything_that_matters_is_part_of_the_key(
+    program: Program, monkeypatch: pytest.MonkeyPatch
+) -> None:
     nvrtc.compile(program)
     nvrtc.compile(dataclasses.replace(program, defines={"VALUE": 4}))
     nvrtc.compile(dataclasses.replace(program, headers={"unused.cuh": "// other"}))
     nvrtc.compile(program, "sm_100a")
     program.source.write_text(SOURCE + "// other\n")
     nvrtc.compile(program)
-    assert len(_kept()) == 5
+    monkeypatch.setattr(nvrtc, "_compiler", lambda: "a release with a fix")
+    nvrtc.compile(program)
+    assert len(_kept()) == 6
+
+
+@compiles
+@pytest.mark.parametrize(
+    ("knows", "said"),
+    [
+        (12_080, "its compiler makes code of CUDA 13 and the driver knows CUDA 12"),
+        (13_000, None),
+        (14_000, None),
+    ],
+)
+def test_an_older_driver_is_an_obstacle(
+    knows: int, said: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from cuda.bindings import driver
+
+    monkeypatch.setattr(driver, "cuDriverGetVersion", lambda: (0, knows))
+    nvrtc.driver_obstacle.cache_clear()
+    assert nvrtc.driver_obstacle() == said
+    nvrtc.driver_obstacle.cache_clear()
+
+
+@compiles
+def test_without_a_home_nothing_is_kept(
+    program: Program, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def homeless() -> Path:
+        raise RuntimeError("Could not determine home directory.")
+
+    caplog.set_level("WARNING", logger=nvrtc.logger.name)
+    monkeypatch.delenv("KVARN_CACHE_DIR")
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    monkeypatch.setattr(nvrtc.Path, "home", homeless)
+    assert nvrtc.compile(program)[:4] == b"\x7fELF"
+    assert "Could not determine home directory" in caplog.text
 
 
 def test_a_folder_that_takes_no_more_files_stops_nothing(

@@ -263,7 +263,13 @@ def test_a_gpu_of_capability_8_serves_and_plain_torch_serves_on_any() -> None:
 def test_the_cuda_engine_is_refused_without_its_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
     config, platform = complete_config("cuda", engine="cuda")
     monkeypatch.setattr(nvrtc, "obstacle", lambda: None)
+    monkeypatch.setattr(nvrtc, "driver_obstacle", lambda: None)
     check_engine(config, platform, batch_invariant=False)
+    monkeypatch.setattr(nvrtc, "driver_obstacle", lambda: "it is of CUDA 12")
+    with pytest.raises(
+        NotImplementedError, match=r"too old for the cuda engine \(it is of CUDA 12\)"
+    ):
+        check_engine(config, platform, batch_invariant=False)
     monkeypatch.setattr(nvrtc, "obstacle", lambda: "the package cuda-bindings")
     with pytest.raises(NotImplementedError) as caught:
         check_engine(config, platform, batch_invariant=False)

@@ -47,7 +47,7 @@ def test_a_gpu_is_served_by_kernels_and_graphs(monkeypatch: Any) -> None:
 
 def test_a_gpu_that_no_kernel_serves_is_named(monkeypatch: Any) -> None:
     monkeypatch.setattr(engine, "_device", lambda _: torch.device("cuda"))
-    monkeypatch.setattr(dispatch, "_triton_installed", lambda: False)
+    monkeypatch.setattr(dispatch, "triton_installed", lambda: False)
     assert "engine      none for this platform. KVarN: no kernel can serve." in as_text(report())
 
 
@@ -57,7 +57,7 @@ def test_a_gpu_says_what_the_cuda_engine_would_run(monkeypatch: Any) -> None:
     assert report()["cuda_engine"] is None
     monkeypatch.setattr(type(current_platform), "device_type", "cuda")
     monkeypatch.setattr(engine, "_device", lambda _: torch.device("cuda"))
-    monkeypatch.setattr(dispatch, "_triton_installed", lambda: False)  # asks for no GPU
+    monkeypatch.setattr(dispatch, "triton_installed", lambda: False)  # asks for no GPU
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _=None: (8, 0))
     assert "cuda        The cuda engine cannot run: cuda has compute capability 8.0" in (
         as_text(report())
@@ -65,7 +65,8 @@ def test_a_gpu_says_what_the_cuda_engine_would_run(monkeypatch: Any) -> None:
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _=None: (9, 0))
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
     monkeypatch.setattr(nvrtc, "obstacle", lambda: None)
-    monkeypatch.setattr(dispatch, "_triton_installed", lambda: True)
+    monkeypatch.setattr(nvrtc, "driver_obstacle", lambda: None)
+    monkeypatch.setattr(dispatch, "triton_installed", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "a GPU")
     for exact, form in ((True, "subnormal halves"), (False, "halves with an exponent")):
         monkeypatch.setattr(cuda, "subnormals_are_exact", lambda _, exact=exact: exact)

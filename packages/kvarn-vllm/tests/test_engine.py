@@ -28,7 +28,7 @@ def test_kernels_that_cannot_run_are_refused_not_replaced(monkeypatch: pytest.Mo
 def test_a_gpu_without_kernels_is_refused_not_served_slowly(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(dispatch, "_triton_installed", lambda: False)
+    monkeypatch.setattr(dispatch, "triton_installed", lambda: False)
     with pytest.raises(RuntimeError, match=r"KVarN: no kernel can serve.*triton is not installed"):
         choose(Options(), LAYOUT, "cuda")
     assert choose(Options(engine="reference"), LAYOUT, "cuda") == "reference"

@@ -134,12 +134,13 @@ def _cuda_obstacle(device: torch.device) -> str | None:
     if capability != nvrtc.CAPABILITY:
         have = ".".join(map(str, capability))
         return f"{device} has compute capability {have} and its kernels need exactly {need}"
-    missing = nvrtc.obstacle()
-    return missing and f"{missing} is not installed"
+    if missing := nvrtc.obstacle():
+        return f"{missing} is not installed"
+    return nvrtc.driver_obstacle()
 
 
 def _triton_obstacle(device: torch.device) -> str | None:
-    if not _triton_installed():
+    if not triton_installed():
         return "the package triton is not installed"
     if device.type == "cuda":
         capability = torch.cuda.get_device_capability(device)
@@ -154,5 +155,6 @@ def _triton_obstacle(device: torch.device) -> str | None:
 
 
 @cache
-def _triton_installed() -> bool:
+def triton_installed() -> bool:
+    """Whether the package is there."""
     return importlib.util.find_spec("triton") is not None

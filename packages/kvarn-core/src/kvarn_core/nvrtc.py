@@ -212,6 +212,20 @@ def obstacle() -> str | None:
 
 
 @cache
+def driver_obstacle() -> str | None:
+    """Say that the driver cannot load what the compiler makes, as a clause, or None.
+
+    Machine code of one CUDA release loads on drivers of its major version and of later ones.
+    """
+    from cuda.bindings import driver, nvrtc
+
+    knows, makes = _checked(driver.cuDriverGetVersion()) // 1000, nvrtc.nvrtcVersion()[1]
+    if knows >= makes:
+        return None
+    return f"its compiler makes code of CUDA {makes} and the driver knows CUDA {knows}"
+
+
+@cache
 def load(variant: Variant, device: torch.device) -> Kernel:
     """Compile or find a variant and load it on a device.
 
@@ -270,7 +284,13 @@ def compile(program: Program, arch: str = ARCH) -> bytes:
 
 
 def cache_folder() -> Path:
-    """Where cubins are kept: ``KVARN_CACHE_DIR``, or ``kvarn`` in the user's cache folder."""
+    """Where cubins are kept: ``KVARN_CACHE_DIR``, or ``kvarn`` in the user's cache folder.
+
+    Raises
+    ------
+    RuntimeError
+        If neither a variable nor the system says where the user's folders are.
+    """
     if chosen := os.environ.get("KVARN_CACHE_DIR"):
         return Path(chosen)
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "kvarn"
@@ -299,14 +319,22 @@ def _compile(name: str, source: str, headers: Mapping[str, str], options: Sequen
 
 
 def _key(source: str, headers: Mapping[str, str], options: Sequence[str]) -> str:
-    from cuda.bindings import nvrtc
-
     digest = hashlib.sha256()
-    version = nvrtc.nvrtcVersion()[1:]
     names = (text for pair in sorted(headers.items()) for text in pair)
-    for part in (source, *names, *options, repr(version)):
+    for part in (source, *names, *options, _compiler()):
         digest.update(f"{len(part)}:{part}".encode())
     return digest.hexdigest()
+
+
+@cache
+def _compiler() -> str:
+    """Version and size of NVRTC's library: releases with fixes have the version of the first."""
+    from cuda.bindings import nvrtc
+    from cuda.pathfinder import load_nvidia_dynamic_lib
+
+    library = load_nvidia_dynamic_lib("nvrtc").abs_path
+    size = Path(library).stat().st_size if library else 0
+    return f"{nvrtc.nvrtcVersion()[1:]} {size}"
 
 
 def _read(key: str) -> bytes | None:
@@ -344,11 +372,12 @@ def _write(key: str, binary: bytes) -> None:
 
 def _private_folder() -> Path | None:
     """The cache folder if it is ours alone: what lies in it runs on the GPU."""
-    folder = cache_folder()
+    folder: Path | str = "The user's cache folder"
     try:
+        folder = cache_folder()
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         state = folder.stat()
-    except OSError as error:
+    except (OSError, RuntimeError) as error:  # no room, no right, no home
         logger.warning(NOT_KEPT, folder, error)
         return None
     if state.st_uid != os.getuid() or stat.S_IMODE(state.st_mode) & 0o022:

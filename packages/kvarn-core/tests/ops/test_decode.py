@@ -1,12 +1,14 @@
 from __future__ import annotations
 
+import sys
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kvarn_core.layout import HIT_COLUMN, SINK_COLUMN, RecordLayout
-from kvarn_core.ops.decode import attend, decode
+from kvarn_core.ops.decode import attend, decode, workspace_bytes
 from kvarn_core.rotation import hadamard_matrix
 from kvarn_core.spec import DEBUG_PRESETS, PRESETS, Preset
 from kvarn_core.testing import naive
@@ -222,3 +224,22 @@ def test_a_wrong_query_is_named() -> None:
     message = r"^query has shape \(1, 3, 64\)\. Pass \[B, Hq, 64\] with Hq a multiple of the 2 KV"
     with pytest.raises(ValueError, match=message):
         _decode(paging, torch.zeros(1, 3, 64), [10])
+
+
+def test_longer_lists_of_requests_are_cut() -> None:
+    paging = _stored(SMALL, [100, 50])
+    query = torch.randn(1, 4, 64)
+    want = _decode(paging, query, [100])
+    for table in (paging.page_table, paging.page_table[:1]):
+        got = decode(
+            query, paging.cache, table, torch.tensor([100, 50], dtype=torch.int32),
+            layout=SMALL, sm_scale=0.125, engine="reference",
+        )  # fmt: skip
+        for one, other in zip(got, want, strict=True):
+            assert_same_bits(one, other)
+
+
+def test_without_triton_there_is_nothing_to_reserve(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("kvarn_core.dispatch.triton_installed", lambda: False)
+    monkeypatch.setitem(sys.modules, "kvarn_core.ops.decode.triton", None)
+    assert workspace_bytes(4, 32, 8, SMALL) == 0

@@ -203,6 +203,17 @@ def test_tensors_that_lie_otherwise_than_kernels_read_are_refused(
         decode(**given, layout=SMALL, sm_scale=1.0, engine="triton")
 
 
+def test_tensors_of_another_device_are_refused(kernel_device: torch.device) -> None:
+    paging = _stored(SMALL, (5,), 1)
+    query = _query(paging, 1, torch.float16).to(kernel_device)
+    lens = torch.tensor([5], dtype=torch.int32, device="meta")
+    with pytest.raises(ValueError, match=r"^seq_lens is on meta\. Pass it on "):
+        decode(
+            query, paging.cache.to(kernel_device), paging.page_table.to(kernel_device), lens,
+            layout=SMALL, sm_scale=1.0, engine="triton",
+        )  # fmt: skip
+
+
 def test_a_workspace_that_is_too_small_is_refused(kernel_device: torch.device) -> None:
     paging = _stored(SMALL, (5,), 1)
     query = _query(paging, 1, torch.float16).to(kernel_device)

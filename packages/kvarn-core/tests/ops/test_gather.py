@@ -155,6 +155,18 @@ def test_bytes_never_written_do_not_matter(tokens: int) -> None:
             assert_same_bits(got, want)
 
 
+@pytest.mark.parametrize("start", [64, 70, 99])
+def test_no_page_is_read_but_those_of_the_request(start: int) -> None:
+    paging = _stored(SMALL, 100)
+    whole, *_ = _gather(paging, [100], [99])
+    paging.page_table[:, SMALL.header_columns + 100 // 64 :] = -1  # the open tile has no record
+    lens, positions, starts = (
+        torch.tensor([x], dtype=torch.int32) for x in (100 - start, 99, start)
+    )
+    key, *_ = gather(paging.cache, paging.page_table, lens, positions, layout=SMALL, starts=starts)
+    assert_same_bits(key, whole[start:])
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 def test_the_result_dtype_rounds_once(dtype: torch.dtype) -> None:
     paging = _stored(DEFAULT, 400)

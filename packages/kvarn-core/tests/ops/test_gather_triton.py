@@ -174,6 +174,22 @@ def test_bytes_that_are_not_asked_for_do_not_matter(kernel_device: torch.device)
         _assert_same([result, results[0]])
 
 
+def test_a_padded_row_reads_no_page(kernel_device: torch.device) -> None:
+    paging = _pages(SMALL, (250, 250), kernel_device)
+    paging.page_table[1, SMALL.header_columns :] = 500_000_000
+    lens, positions, starts = (
+        torch.tensor(x, dtype=torch.int32, device=kernel_device)
+        for x in ([60, 0], [249, 249], [100, 100])
+    )
+    where = paging.cache, paging.page_table
+    options = {"layout": SMALL, "starts": starts}
+    results = [
+        gather(*where, lens, positions, **options, engine=e) for e in ("triton", "reference")
+    ]
+    assert len(results[0][0]) == 60
+    _assert_same(results)
+
+
 def test_pages_may_lie_apart(kernel_device: torch.device) -> None:
     paging = _pages(SMALL, (200,), kernel_device)
     whole = _both(paging, [200], [199])

@@ -7,6 +7,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kvarn_core.layout import RING_COLUMN, SINK_COLUMN, RecordLayout, seal_phase
+from kvarn_core.ops import gather as gather_op
+from kvarn_core.ops import quantize as quantize_op
+from kvarn_core.ops.decode import decode
 from kvarn_core.ops.gather import gather
 from kvarn_core.ops.quantize import quantize
 from kvarn_core.ops.store import append, prepare, seal, write_sink
@@ -323,6 +326,31 @@ def test_wrong_shapes_are_named() -> None:
         append(key, value, paging.cache[:, :, 1:], paging.page_table, *where, layout=SMALL)
     with pytest.raises(ValueError, match=r"needs 11 for the header alone\.$"):
         append(key, value, paging.cache, paging.page_table[:, :10], *where, layout=SMALL)
+    with pytest.raises(ValueError, match=r"^cache has dtype torch\.int8 .* Pass uint8 "):
+        append(key, value, paging.cache.char(), paging.page_table, *where, layout=SMALL)
+    with pytest.raises(ValueError, match=r"^key has 10 rows and value 9\. Pass equally many\.$"):
+        append(key, value[:9], paging.cache, paging.page_table, *where, layout=SMALL)
+    with pytest.raises(ValueError, match=r"^page_table has 0 rows\. Pass 1 for 1 requests\.$"):
+        append(key, value, paging.cache, paging.page_table[:0], *where, layout=SMALL)
+    with pytest.raises(ValueError, match=r"^cu_seqlens_q has 1 rows\. Pass 2 for 1 requests\.$"):
+        append(key, value, paging.cache, paging.page_table, where[0], where[1][:1], layout=SMALL)
+
+
+def test_the_reference_asks_for_no_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+    for op in (quantize_op, gather_op):
+        monkeypatch.setattr(
+            op, "select", lambda device, layout, engine=None, **_: asked.append(engine) or engine
+        )
+    key, value = _rows(SMALL, 150)
+    paging = allocate(SMALL, [150])
+    where = paging.cache, paging.page_table, torch.tensor([150]), torch.tensor([0, 150])
+    for op in (write_sink, seal, append):
+        op(key, value, *where, layout=SMALL, engine="reference")
+    lens = torch.tensor([150], dtype=torch.int32)
+    decode(torch.randn(1, 4, 64), *where[:2], lens, layout=SMALL, sm_scale=0.1, engine="reference")
+    assert len(asked) > 2
+    assert set(asked) == {"reference"}
 
 
 def test_an_op_that_is_none_is_refused() -> None:

@@ -341,6 +341,11 @@ def test_strides_that_kernels_cannot_read_are_refused(target: Target) -> None:
         append(key, wide[..., :64], cache, table, *where, **common)
     with pytest.raises(ValueError, match=r"Pass contiguous pages at multiples of 16 bytes\.$"):
         seal(key, value, padded.to(target[1])[..., :-8], table, *where, **common)
+    shifted = torch.zeros(cache.numel() + 8, dtype=torch.uint8, device=target[1])[8:]
+    with pytest.raises(ValueError, match=r"^cache begins at 0x\w+\. Align it to 16 bytes\.$"):
+        seal(key, value, shifted.view(cache.shape), table, *where, **common)
+    with pytest.raises(ValueError, match=r"^seq_lens is on meta\. Pass it on "):
+        seal(key, value, cache, table, where[0].to("meta"), where[1], **common)
 
 
 @pytest.mark.emulate

@@ -179,6 +179,11 @@ def _check_cuda(platform: Any) -> None:
             f"the cuda engine needs {missing}",
             "Install kvarn-core[cuda], or use engine auto or triton",
         )
+    if older := nvrtc.driver_obstacle():
+        raise _refusal(
+            f"the driver is too old for the cuda engine ({older})",
+            "Update the driver, or use engine auto or triton",
+        )
 
 
 def _check_kernels(engine: str) -> None:

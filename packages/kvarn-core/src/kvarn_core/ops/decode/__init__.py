@@ -134,15 +134,17 @@ def prepare(
     _check(query, cache, page_table, seq_lens, layout, out, lse)
     chosen = dispatch.select(cache.device, layout, engine, kernels=KERNELS)
     if chosen == "reference":
-        return partial(_reference, page_table, seq_lens, layout, sm_scale, lse)
-    _check_for_kernels(query, cache, page_table, seq_lens, out, lse)
+        requests = page_table[: len(query)], seq_lens[: len(query)]
+        return partial(_reference, *requests, layout, sm_scale, lse)
+    _check_for_kernels(query, cache, page_table, seq_lens, out, lse, workspace)
     if workspace is not None:
         needed = workspace_bytes(len(query), query.shape[1], cache.shape[1], layout)
         if workspace.numel() < needed:
             raise ValueError(f"workspace has {workspace.numel()} bytes. Pass {needed} or more.")
-    requests = page_table, seq_lens, layout, sm_scale
     kernels = import_module(f"{__name__}.{chosen}")  # whose packages are needed from here on
-    run: Decode = kernels.prepare(query, cache, *requests, out, lse, workspace)
+    run: Decode = kernels.prepare(
+        query, cache, page_table, seq_lens, layout, sm_scale, out, lse, workspace
+    )
     return run
 
 
@@ -195,8 +197,15 @@ def _check_for_kernels(
     seq_lens: torch.Tensor,
     out: torch.Tensor,
     lse: torch.Tensor,
+    workspace: torch.Tensor | None,
 ) -> None:
-    """Check the strides that kernels rely on."""
+    """Check the devices and strides that kernels rely on."""
+    for name, there in (
+        ("query", query), ("page_table", page_table), ("seq_lens", seq_lens), ("out", out),
+        ("lse", lse), ("workspace", workspace),
+    ):  # fmt: skip
+        if there is not None and there.device != cache.device:
+            raise ValueError(f"{name} is on {there.device}. Pass it on {cache.device}.")
     for name, tensor, wanted in (
         ("cache", cache, "pages that follow one another"),
         ("seq_lens", seq_lens, "a contiguous tensor"),
@@ -238,9 +247,13 @@ def workspace_bytes(batch: int, num_q_heads: int, num_kv_heads: int, layout: Rec
     layout : RecordLayout
         Byte layout of the preset.
     """
-    from kvarn_core.ops.decode import cuda, triton
+    from kvarn_core.ops.decode import cuda
 
-    nbytes = triton.workspace_bytes(batch, num_q_heads, num_kv_heads, layout)
+    nbytes = 0
+    if dispatch.triton_installed():
+        from kvarn_core.ops.decode import triton
+
+        nbytes = triton.workspace_bytes(batch, num_q_heads, num_kv_heads, layout)
     if cuda.has_kernels(layout):
         device = torch.device("cuda", torch.cuda.current_device())
         sizes = (batch, num_q_heads, num_kv_heads, layout)

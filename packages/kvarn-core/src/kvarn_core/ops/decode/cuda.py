@@ -103,9 +103,8 @@ def prepare(
         memory = torch.zeros(scratch.nbytes, dtype=torch.uint8, device=query.device)
     if memory.numel() < scratch.nbytes:  # `workspace_bytes` asked another GPU
         raise ValueError(f"workspace has {memory.numel()} bytes. Pass {scratch.nbytes} or more.")
-    for name, tensor in (("cache", cache), ("workspace", memory)):
-        if tensor.data_ptr() % 16:
-            raise ValueError(f"{name} begins at {tensor.data_ptr():#x}. Align it to 16 bytes.")
+    _check_address("cache", cache)
+    _check_address("workspace", memory)
     kernel = _kernel(layout, query.dtype, shape, query.device)
     numbers = (
         sm_scale * LOG2_E, page_table.stride(0), query.stride(0), out.stride(0), batch,
@@ -115,13 +114,15 @@ def prepare(
     )  # fmt: skip
 
     def run(query: torch.Tensor, cache: torch.Tensor, out: torch.Tensor) -> None:
-        rows, results, partials = query.data_ptr(), out.data_ptr(), memory.data_ptr()
-        if (rows | results) % 16:
+        rows, results, pages = query.data_ptr(), out.data_ptr(), cache.data_ptr()
+        partials = memory.data_ptr()
+        if (rows | results | pages) % 16:
             _check_rows("query", query)
             _check_rows("out", out)
+            _check_address("cache", cache)
         kernel.launch(
             (ctas, 1, 1),
-            rows, cache.data_ptr(), page_table.data_ptr(), seq_lens.data_ptr(),
+            rows, pages, page_table.data_ptr(), seq_lens.data_ptr(),
             results, lse.data_ptr(), partials, partials + scratch.partial_bytes, *numbers,
         )  # fmt: skip
 
@@ -256,6 +257,11 @@ def _processors(device: torch.device) -> int:
 
 def _nothing(query: object, cache: object, out: object) -> None:
     """Without requests there is nothing to launch."""
+
+
+def _check_address(name: str, tensor: torch.Tensor) -> None:
+    if tensor.data_ptr() % 16:
+        raise ValueError(f"{name} begins at {tensor.data_ptr():#x}. Align it to 16 bytes.")
 
 
 def _check_rows(name: str, rows: torch.Tensor) -> None:

@@ -30,7 +30,12 @@ def decode(
             continue
         one = slice(row, row + 1)
         key, value, _ = gather(
-            cache, page_table[one], seq_lens[one], seq_lens[one] - 1, layout=layout
+            cache,
+            page_table[one],
+            seq_lens[one],
+            seq_lens[one] - 1,
+            layout=layout,
+            engine="reference",
         )
         rows, lse[one] = attend(rotated[one], key, value, sm_scale)
         out[one] = cast(rotate(rows), query.dtype)

@@ -54,12 +54,14 @@ def _gather_request(
     stop = first + length
     packed = layout.packed_tiles(position, int(table[HIT_COLUMN]))
     split = min(max(packed * group, first), stop)  # first exact token behind the records
-    for begin in range(first // group * group, split, TILES_AT_ONCE * group):
+    begins = range(first // group * group, split, TILES_AT_ONCE * group)
+    for begin in begins if split > first else ():
         end = min(begin + TILES_AT_ONCE * group, split)
         columns = slice(layout.header_columns + begin // group, layout.columns(end) + 1)
         records = cache.index_select(0, table[columns]).flatten(0, 1)  # [tiles * Hkv, record_bytes]
         inside = slice(max(first - begin, 0), end - begin)
-        for out, tiles in zip((key, value), dequantize(records, layout, key.dtype), strict=True):
+        decoded = dequantize(records, layout, key.dtype, engine="reference")
+        for out, tiles in zip((key, value), decoded, strict=True):
             rows = tiles.view(-1, heads, group, dim).transpose(1, 2).reshape(-1, heads, dim)
             out[begin + inside.start - first : end - first] = rows[inside]
 

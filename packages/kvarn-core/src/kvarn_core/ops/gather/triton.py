@@ -54,9 +54,10 @@ def _gather_kernel(
     """Grid (Hkv, blocks of 64 tokens, B): one block of one head of one request."""
     i_head, i_row = tl.program_id(0), tl.program_id(2)
     start = 0 if p_starts is None else tl.load(p_starts + i_row)
-    stop = start + tl.load(p_lens + i_row)
+    length = tl.load(p_lens + i_row)
+    stop = start + length
     first = (start // TOKENS + tl.program_id(1)) * TOKENS
-    if first >= stop:
+    if (length == 0) | (first >= stop):
         return
 
     p_row = p_table + i_row.to(tl.int64) * table_stride

@@ -11,6 +11,8 @@ from functools import partial
 from importlib import import_module
 from typing import TYPE_CHECKING
 
+import torch
+
 from kvarn_core.dispatch import select
 from kvarn_core.ops.store import reference
 from kvarn_core.spec import Recipe
@@ -18,8 +20,6 @@ from kvarn_core.spec import Recipe
 if TYPE_CHECKING:
     from collections.abc import Callable
     from typing import Any
-
-    import torch
 
     from kvarn_core.layout import RecordLayout
 
@@ -195,8 +195,8 @@ def prepare(
     """
     if op not in OPS:
         raise ValueError(f"There is no op {op!r}. Choose one of {', '.join(OPS)}.")
-    _check(key, value, cache, page_table, layout)
     requests = page_table, seq_lens, cu_seqlens_q
+    _check(key, value, cache, *requests, layout)
     chosen = select(cache.device, layout, engine, kernels=KERNELS)
     if chosen == "reference":
         return partial(_reference, op, requests, layout, recipe)
@@ -232,18 +232,28 @@ def _check(
     value: torch.Tensor,
     cache: torch.Tensor,
     page_table: torch.Tensor,
+    seq_lens: torch.Tensor,
+    cu_seqlens_q: torch.Tensor,
     layout: RecordLayout,
 ) -> None:
-    heads = cache.shape[1]
-    if cache.dim() != 3 or cache.shape[2] != layout.record_bytes:
+    if cache.dim() != 3 or cache.shape[2] != layout.record_bytes or cache.dtype != torch.uint8:
         raise ValueError(
-            f"cache has shape {tuple(cache.shape)}. "
+            f"cache has dtype {cache.dtype} and shape {tuple(cache.shape)}. "
             f"Pass uint8 [P, Hkv, {layout.record_bytes}] for {layout.preset.name}."
         )
+    heads = cache.shape[1]
     for name, rows in (("key", key), ("value", value)):
         if rows.shape[1:] != (heads, layout.head_dim):
             raise ValueError(
                 f"{name} has shape {tuple(rows.shape)}. Pass [T, {heads}, {layout.head_dim}]."
+            )
+    if len(key) != len(value):
+        raise ValueError(f"key has {len(key)} rows and value {len(value)}. Pass equally many.")
+    batch = len(seq_lens)
+    for name, values, least in (("page_table", page_table, 0), ("cu_seqlens_q", cu_seqlens_q, 1)):
+        if len(values) < batch + least:
+            raise ValueError(
+                f"{name} has {len(values)} rows. Pass {batch + least} for {batch} requests."
             )
     if page_table.shape[1] < layout.header_columns:
         raise ValueError(
@@ -261,7 +271,15 @@ def _check_for_kernels(
     cu_seqlens_q: torch.Tensor,
     max_query_len: int | None,
 ) -> int:
-    """Check the strides that kernels rely on; return `max_query_len`, computed if not given."""
+    """Check what kernels rely on; return `max_query_len`, computed if not given."""
+    for name, tensor in (
+        ("key", key), ("value", value), ("page_table", page_table), ("seq_lens", seq_lens),
+        ("cu_seqlens_q", cu_seqlens_q),
+    ):  # fmt: skip
+        if tensor.device != cache.device:
+            raise ValueError(f"{name} is on {tensor.device}. Pass it on {cache.device}.")
+    if cache.data_ptr() % 16:
+        raise ValueError(f"cache begins at {cache.data_ptr():#x}. Align it to 16 bytes.")
     if cache.stride()[1:] != (cache.shape[2], 1) or cache.stride(0) % 16:
         raise ValueError(
             f"cache has strides {cache.stride()}. Pass contiguous pages at multiples of 16 bytes."

@@ -169,7 +169,11 @@ def _write_record(
     value_heads = [head for head, is_value in due if is_value]
     if key_heads:
         tiles = key[:, key_heads].transpose(0, 1)
-        page[key_heads, : layout.key_bytes] = quantize_key(tiles, layout, recipe)
+        page[key_heads, : layout.key_bytes] = quantize_key(
+            tiles, layout, recipe, engine="reference"
+        )
     if value_heads:
         tiles = value[:, value_heads].transpose(0, 1)
-        page[value_heads, layout.key_bytes :] = quantize_value(tiles, layout, recipe)
+        page[value_heads, layout.key_bytes :] = quantize_value(
+            tiles, layout, recipe, engine="reference"
+        )
