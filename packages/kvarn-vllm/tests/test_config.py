@@ -145,6 +145,9 @@ def complete_config(
     capability: int = 90,
     ranks: int = 1,
     engine: str = "auto",
+    prefill: str = "chunk",
+    graphs: str = "FULL_AND_PIECEWISE",
+    executor: str = "mp",
     **model: Any,
 ) -> tuple[Any, Any]:
     """An engine configuration that passes, with a model changed by `model`, and a platform."""
@@ -152,6 +155,7 @@ def complete_config(
         "use_mla": False,
         "is_hybrid": False,
         "is_encoder_decoder": False,
+        "attn_type": "decoder",
         "is_moe": False,
         "attention_chunk_size": None,
         "dtype": torch.bfloat16,
@@ -174,11 +178,13 @@ def complete_config(
             decode_context_parallel_size=1,
             prefill_context_parallel_size=1,
             data_parallel_size=ranks,
+            distributed_executor_backend=executor,
         ),
+        compilation_config=SimpleNamespace(cudagraph_mode=SimpleNamespace(name=graphs)),
         attention_config=SimpleNamespace(backend=None),
         speculative_config=None,
         kv_transfer_config=None,
-        additional_config={"kvarn": {"engine": engine}},
+        additional_config={"kvarn": {"engine": engine, "prefill": prefill}},
     )
     return config, SimpleNamespace(
         is_cpu=lambda: platform == "cpu",
@@ -236,6 +242,29 @@ FACTS = {
         "KVarN: data parallel mixture-of-experts models are not supported yet. "
         "Set --data-parallel-size to 1.",
     ),
+    "an-external-launcher-of-several-ranks": (
+        {"ranks": 2, "executor": "external_launcher"},
+        "KVarN: data parallel engines of an external launcher are not supported yet. "
+        "Set data_parallel_size to 1, or use vllm serve.",
+    ),
+    "no-cache": (
+        {"attn_type": "encoder_only"},
+        "KVarN: this model keeps no KV cache. Remove --kv-cache-dtype.",
+    ),
+    "no-attention": (
+        {"attn_type": "attention_free", "get_head_size": lambda: 0},
+        "KVarN: this model keeps no KV cache. Remove --kv-cache-dtype.",
+    ),
+    "whole-graphs-of-single-requests": (
+        {"platform": "cuda", "graphs": "FULL", "prefill": "sealed"},
+        "KVarN: CUDA graphs cannot hold steps that are served request by request. "
+        "Remove cudagraph_mode FULL, or use prefill chunk and another engine.",
+    ),
+    "whole-graphs-of-plain-torch": (
+        {"platform": "cuda", "graphs": "FULL", "engine": "reference"},
+        "KVarN: CUDA graphs cannot hold steps that are served request by request. "
+        "Remove cudagraph_mode FULL, or use prefill chunk and another engine.",
+    ),
     "tpu": (
         {"platform": "tpu"},
         "KVarN: this platform is not supported. Use an NVIDIA GPU or vLLM's CPU engine.",
@@ -258,6 +287,7 @@ def test_a_gpu_of_capability_8_serves_and_plain_torch_serves_on_any() -> None:
     check_engine(*complete_config("cuda", capability=80, ranks=2), batch_invariant=False)
     config, platform = complete_config("cuda", capability=75, engine="reference")
     check_engine(config, platform, batch_invariant=False)
+    check_engine(*complete_config("cuda", graphs="FULL"), batch_invariant=False)
 
 
 def test_the_cuda_engine_is_refused_without_its_compiler(monkeypatch: pytest.MonkeyPatch) -> None:

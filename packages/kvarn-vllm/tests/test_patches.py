@@ -97,7 +97,42 @@ def test_other_dtypes_pass_through(tiny_model: Any) -> None:
     assert stock.cache_config.block_size == 32
     assert stock.cache_config.cache_dtype == "auto"
     flags = {"additional_config": {"kvarn": "not looked at"}}
-    assert config(tiny_model, "auto", **flags).additional_config == flags["additional_config"]
+    stock = config(tiny_model, "auto", **flags)
+    assert stock.additional_config == flags["additional_config"]
+    planned: list[Any] = []
+    initialize = patches._balanced_model(lambda worker, plans: planned.append(plans))
+    initialize(SimpleNamespace(vllm_config=stock), ["a plan"])  # and no worker to be balanced
+    assert planned == [["a plan"]]
+
+
+@pytest.mark.parametrize(
+    ("offload", "transfer", "balanced"),
+    [
+        ({}, None, True),
+        ({"cpu_offload_gb": 1.0}, None, True),  # a view of memory that stays where it is
+        ({"offload_group_size": 2}, None, False),
+        ({}, "new weights", False),
+    ],
+)
+def test_weights_that_arrive_later_are_not_balanced(
+    offload: dict[str, Any],
+    transfer: object,
+    balanced: bool,
+    tiny_model: Any,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    caplog.set_level("INFO", logger=patches.LOG.name)
+    found = config(tiny_model, **offload)
+    found.weight_transfer_config = transfer
+    done: list[str] = []
+    monkeypatch.setattr("kvarn_vllm.balance.balance_model", lambda model: done.append(model))
+    monkeypatch.setattr("kvarn_vllm.balance.keep_balance", lambda runner: done.append(runner))
+    worker = SimpleNamespace(get_model=lambda: "model", model_runner="runner")
+    initialize = patches._balanced_model(lambda worker, plans: None)
+    initialize(SimpleNamespace(vllm_config=found, worker=worker), [])
+    assert done == (["model", "runner"] if balanced else [])
+    assert ("norms are not balanced" in caplog.text) is not balanced
 
 
 def selection(dtype: str, **changes: Any) -> AttentionSelectorConfig:

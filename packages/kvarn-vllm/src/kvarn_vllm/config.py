@@ -145,7 +145,8 @@ def check_engine(config: Any, platform: Any, *, batch_invariant: bool) -> None:
 
 
 def _check_platform(config: Any, platform: Any) -> None:
-    engine = Options.from_config(config.additional_config).engine
+    options = Options.from_config(config.additional_config)
+    engine = options.engine
     if platform.is_cpu():
         if engine in ("triton", "cuda"):
             _check_kernels(engine)
@@ -165,6 +166,12 @@ def _check_platform(config: Any, platform: Any) -> None:
         )
     if engine == "cuda":
         _check_cuda(platform)
+    by_request = options.prefill == "sealed" or engine == "reference"
+    if by_request and config.compilation_config.cudagraph_mode.name == "FULL":
+        raise _refusal(
+            "CUDA graphs cannot hold steps that are served request by request",
+            "Remove cudagraph_mode FULL, or use prefill chunk and another engine",
+        )
 
 
 def _check_cuda(platform: Any) -> None:
@@ -204,6 +211,8 @@ def _check_model(model: Any) -> None:
         raise _refusal("hybrid state-space models are not supported yet", "Use another model")
     if model.is_encoder_decoder:
         raise _refusal("encoder-decoder models are not supported", "Use another model")
+    if model.attn_type in ("encoder_only", "attention_free"):
+        raise _refusal("this model keeps no KV cache", "Remove --kv-cache-dtype")
     check_head_size(model.get_head_size())
     if _has_sliding_window(model):
         check_layer(sliding_window=0)
@@ -253,12 +262,18 @@ def _check_features(config: Any, *, batch_invariant: bool) -> None:
             "context parallelism splits the tokens of a tile over ranks",
             "Set --decode-context-parallel-size and --prefill-context-parallel-size to 1",
         )
-    if parallel.data_parallel_size > 1 and config.model_config.is_moe:
+    if parallel.data_parallel_size > 1:
         # An idle rank runs steps on stale page tables and trusts slot mappings to prevent writes.
-        raise _refusal(
-            "data parallel mixture-of-experts models are not supported yet",
-            "Set --data-parallel-size to 1",
-        )
+        if config.model_config.is_moe:
+            raise _refusal(
+                "data parallel mixture-of-experts models are not supported yet",
+                "Set --data-parallel-size to 1",
+            )
+        if parallel.distributed_executor_backend == "external_launcher":
+            raise _refusal(
+                "data parallel engines of an external launcher are not supported yet",
+                "Set data_parallel_size to 1, or use vllm serve",
+            )
     backend = config.attention_config.backend
     if backend is not None and backend.name != "CUSTOM":
         raise _refusal(
@@ -272,6 +287,13 @@ def _check_features(config: Any, *, batch_invariant: bool) -> None:
             "returning routed experts needs stock block tables",
             "Remove --enable-return-routed-experts",
         )
+
+
+def weights_arrive_later(config: Any) -> bool:
+    """Whether weights are brought while the model serves, which undoes what was done to them."""
+    offload = config.offload_config
+    fetched = offload.offload_backend == "prefetch" or offload.prefetch.offload_group_size > 0
+    return fetched or config.weight_transfer_config is not None
 
 
 def check_head_size(head_size: int, *, expected: int | None = None) -> None:

@@ -26,6 +26,7 @@ from kvarn_vllm.config import (
     check_spec,
     group_size,
     is_kvarn,
+    weights_arrive_later,
 )
 from kvarn_vllm.signatures import changed_signature, locate, version_problem
 
@@ -311,17 +312,15 @@ def _wider_table_v2(original: Callable[..., Any]) -> Callable[..., Any]:
 def _balanced_model(original: Callable[..., Any]) -> Callable[..., Any]:
     def initialize_from_config(self: Any, kv_cache_configs: list[Any]) -> None:
         config = self.vllm_config
-        options = Options.from_config(config.additional_config)
-        # weights that arrive while serving would meet norms of another scale
-        if (
-            is_kvarn(config.cache_config.cache_dtype)
-            and options.balances
-            and config.weight_transfer_config is None
-        ):
-            from kvarn_vllm.balance import balance_model, keep_balance
+        if is_kvarn(config.cache_config.cache_dtype):
+            options = Options.from_config(config.additional_config)
+            if options.balances and weights_arrive_later(config):
+                LOG.info("KVarN: norms are not balanced, since weights arrive while serving.")
+            elif options.balances:
+                from kvarn_vllm.balance import balance_model, keep_balance
 
-            balance_model(self.worker.get_model())
-            keep_balance(self.worker.model_runner)
+                balance_model(self.worker.get_model())
+                keep_balance(self.worker.model_runner)
         original(self, kv_cache_configs)
 
     return initialize_from_config
