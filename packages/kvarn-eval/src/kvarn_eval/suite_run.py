@@ -370,8 +370,8 @@ def limit_gate(limit: Limit, measured: list[Measurement], here: bool) -> Gate:
         value=value,
         limit=bound,
         required=limit.required and here,
-        verdict=Verdict.INCONCLUSIVE if none else verdict,  # nothing is many times zero
-        reason=f"{against} {measured[0].unit.value}",
+        verdict=Verdict.INCONCLUSIVE if none else verdict,
+        reason=f"{against} {measured[0].unit.value}" + f"; {limit.over} has none" * none,
         evidence=[m.key for m in measured],
     )
 
