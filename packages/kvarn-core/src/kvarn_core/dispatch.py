@@ -102,6 +102,13 @@ def on(device: torch.device) -> AbstractContextManager[object]:
     return torch.cuda.device(device)
 
 
+def check_devices(device: torch.device, **tensors: torch.Tensor | None) -> None:
+    """Raise ValueError that names the first of `tensors` which is not on `device`."""
+    for name, tensor in tensors.items():
+        if tensor is not None and tensor.device != device:
+            raise ValueError(f"{name} is on {tensor.device}. Pass it on {device}.")
+
+
 def explain(device: torch.device, layout: RecordLayout | None, engine: str | None = None) -> str:
     """Say which engine `select` chooses for a whole step and why; same parameters and errors."""
     chosen = select(device, layout, engine, kernels=ENGINES)

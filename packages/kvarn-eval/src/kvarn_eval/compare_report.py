@@ -78,7 +78,7 @@ def _sides(comparison: Comparison) -> tuple[tuple[str, Side], ...]:
 
 def _side(side: Side) -> str:
     gpus = ", ".join(gpu.name for gpu in side.environment.gpus) or side.environment.cpu
-    dirty = {True: ", with changes", False: "", None: " by name"}[side.git.dirty]
+    dirty = {True: ", with changes", False: "", None: ", unchecked"}[side.git.dirty]
     runs = f"{len(side.runs)} run" + "s" * (len(side.runs) > 1)
     return f"commit {(side.git.sha or 'unknown')[:12]}{dirty}, {gpus}, {runs}"
 

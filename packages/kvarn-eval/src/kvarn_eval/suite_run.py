@@ -353,10 +353,10 @@ def limit_gates(
 def limit_gate(limit: Limit, measured: list[Measurement], here: bool) -> Gate:
     """One limit; `here` says whether this is the machine that it was set for."""
     values = [m.median for m in measured]
-    value, rule, none = values[0], f"{limit.quantity}({limit.arm})", False
+    value, rule, over_nothing = values[0], f"{limit.quantity}({limit.arm})", False
     if limit.over:
         value, rule = values[0] / max(values[1], 1e-12), f"{rule} / {limit.quantity}({limit.over})"
-        none = values[1] <= 0
+        over_nothing = values[1] <= 0
     elif limit.minus:
         value, rule = values[0] - values[1], f"{rule} - {limit.quantity}({limit.minus})"
     bound = limit.at_least if limit.at_least is not None else limit.at_most
@@ -370,8 +370,8 @@ def limit_gate(limit: Limit, measured: list[Measurement], here: bool) -> Gate:
         value=value,
         limit=bound,
         required=limit.required and here,
-        verdict=Verdict.INCONCLUSIVE if none else verdict,
-        reason=f"{against} {measured[0].unit.value}" + f"; {limit.over} has none" * none,
+        verdict=Verdict.INCONCLUSIVE if over_nothing else verdict,
+        reason=f"{against} {measured[0].unit.value}" + f"; {limit.over} has none" * over_nothing,
         evidence=[m.key for m in measured],
     )
 

@@ -161,4 +161,4 @@ def _shape(model: str) -> Shape:
 
 
 def _missing(error: ImportError) -> str:
-    return f"KVarN: vLLM cannot be imported ({error}). Install kvarn-vllm[cpu] or kvarn-vllm[cuda]."
+    return f"KVarN: vLLM cannot be imported ({error}). Install vllm==0.22.0."

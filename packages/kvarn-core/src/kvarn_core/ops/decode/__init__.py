@@ -200,12 +200,10 @@ def _check_for_kernels(
     workspace: torch.Tensor | None,
 ) -> None:
     """Check the devices and strides that kernels rely on."""
-    for name, there in (
-        ("query", query), ("page_table", page_table), ("seq_lens", seq_lens), ("out", out),
-        ("lse", lse), ("workspace", workspace),
-    ):  # fmt: skip
-        if there is not None and there.device != cache.device:
-            raise ValueError(f"{name} is on {there.device}. Pass it on {cache.device}.")
+    dispatch.check_devices(
+        cache.device, query=query, page_table=page_table, seq_lens=seq_lens, out=out, lse=lse,
+        workspace=workspace,
+    )  # fmt: skip
     for name, tensor, wanted in (
         ("cache", cache, "pages that follow one another"),
         ("seq_lens", seq_lens, "a contiguous tensor"),

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from kvarn_core.dispatch import select
+from kvarn_core.dispatch import check_devices, select
 from kvarn_core.ops.store import reference
 from kvarn_core.spec import Recipe
 
@@ -272,12 +272,10 @@ def _check_for_kernels(
     max_query_len: int | None,
 ) -> int:
     """Check what kernels rely on; return `max_query_len`, computed if not given."""
-    for name, tensor in (
-        ("key", key), ("value", value), ("page_table", page_table), ("seq_lens", seq_lens),
-        ("cu_seqlens_q", cu_seqlens_q),
-    ):  # fmt: skip
-        if tensor.device != cache.device:
-            raise ValueError(f"{name} is on {tensor.device}. Pass it on {cache.device}.")
+    check_devices(
+        cache.device, key=key, value=value, page_table=page_table, seq_lens=seq_lens,
+        cu_seqlens_q=cu_seqlens_q,
+    )  # fmt: skip
     if cache.data_ptr() % 16:
         raise ValueError(f"cache begins at {cache.data_ptr():#x}. Align it to 16 bytes.")
     if cache.stride()[1:] != (cache.shape[2], 1) or cache.stride(0) % 16:
