@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from kvarn_eval.schema import Run, Verdict
-from kvarn_eval.throughput import Settings, measure_arm, run_throughput
+from kvarn_eval.throughput import Settings, earlier, measure_arm, run_throughput
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -26,9 +26,15 @@ if cache == "fp8":
     sys.exit("no such kernel")
 decode = dict(requests=2, peak=2, preemptions=0, hit_share=1.0, tokens=8, seconds=1.0,
               rates=[8.0], step_seconds=[0.2, 0.3])
-pathlib.Path(sys.argv[2]).write_text(json.dumps(dict(
-    startup_seconds=1.0, pages=100, page_size=16, requests_that_fit=3, tokens_per_request=30,
-    prefill_tokens=40, prefill_seconds=2.0, equal=decode)))
+found = dict(startup_seconds=1.0, pages=100, page_size=16, requests_that_fit=3,
+             tokens_per_request=30, bursts=[])
+def keep(**more):
+    found.update(more)
+    pathlib.Path(sys.argv[2]).write_text(json.dumps(found))
+keep()
+if cache.startswith("turboquant"):
+    sys.exit("out of memory")
+keep(prefill_tokens=40, prefill_seconds=2.0, equal=decode)
 """
 
 
@@ -56,6 +62,18 @@ def test_arms_that_fail_leave_the_others(tmp_path: Path, command: tuple[str, ...
     assert run.value("fp16", "prefill") == 20
     assert [error.splitlines()[-1] for error in errors] == ["no such kernel"]
     assert Run.load(tmp_path / "result.json") == run
+
+
+def test_an_arm_that_fails_later_keeps_its_figures(
+    tmp_path: Path, command: tuple[str, ...]
+) -> None:
+    compared = settings(arms=("turboquant", "kvarn"))
+    run, errors = run_throughput(compared, tmp_path, quiet, command=command)
+    assert run.value("turboquant", "pool_tokens") == 1600
+    assert "turboquant:prefill" not in {m.key for m in run.measurements}
+    assert [error.splitlines()[-1] for error in errors] == ["out of memory"]
+    assert earlier(compared, "kvarn", tmp_path) is not None
+    assert earlier(compared, "turboquant", tmp_path) is None, "it is measured again"
 
 
 @pytest.mark.parametrize(("output_tokens", "compiled"), [(10, True), (4, False)])

@@ -24,7 +24,7 @@ from kvarn_eval.capacity import requests_that_fit
 from kvarn_eval.engine_steps import Burst, Decode, Trace
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
 
 WARM_UP = (2, 8)  # requests, output tokens
 SPARE_STEPS = 8
@@ -213,7 +213,7 @@ def start_engine(plan: Plan) -> Any:
     return LLMEngine.from_vllm_config(config, usage_context=context)
 
 
-def measure_arm(plan: Plan, began: float) -> dict[str, Any]:
+def measure_arm(plan: Plan, began: float, keep: Callable[[dict[str, Any]], None]) -> None:
     """Start the engine and measure everything.
 
     Parameters
@@ -222,11 +222,8 @@ def measure_arm(plan: Plan, began: float) -> dict[str, Any]:
         What to measure.
     began : float
         When this process started, on the monotonic clock.
-
-    Returns
-    -------
-    dict
-        Ready for JSON.
+    keep : callable
+        Receives all figures so far, ready for JSON, after each measurement.
     """
     engine = start_engine(plan)
     startup = time.monotonic() - began
@@ -250,7 +247,9 @@ def measure_arm(plan: Plan, began: float) -> dict[str, Any]:
         "page_size": cache.block_size,
         "requests_that_fit": fits(longest),
         "tokens_per_request": longest,
+        "bursts": [],
     }
+    keep(found)
     driver = Driver(engine)
     prompts = plan.prompts(max(plan.requests, batch, WARM_UP[0]), vocabulary)
 
@@ -264,6 +263,7 @@ def measure_arm(plan: Plan, began: float) -> dict[str, Any]:
     found["prefill_seconds"] = time.monotonic() - start
     limit = {"seconds": plan.decode_seconds}
     found["equal"] = asdict(driver.decode(equal, plan.output_tokens, **limit))
+    keep(found)
 
     if plan.capacity_tokens:
         # early requests must still generate when the last one has been prefilled
@@ -275,23 +275,29 @@ def measure_arm(plan: Plan, began: float) -> dict[str, Any]:
         stop = {"window_tokens": plan.output_tokens, **limit}
         found["capacity"] = asdict(driver.decode(full, output, **stop))
         found["capacity"]["prompt_tokens"] = plan.capacity_tokens
+        keep(found)
 
-    found["bursts"] = []
     for number, text in enumerate(plan.bursts):
         requests, prompt_tokens, output_tokens = burst_shape(text)
         sent = plan.prompts(requests, vocabulary, prompt_tokens, f"burst-{number}-")
         engine.reset_prefix_cache()
         answered = asdict(driver.burst(sent, output_tokens))
         found["bursts"].append({"burst": text, **answered})
+        keep(found)
     engine.engine_core.shutdown()
-    return found
 
 
 def main(plan_file: str, result_file: str, began: float) -> None:
-    """Measure the arm of a plan file and write the result file."""
+    """Measure the arm of a plan file; the result file holds what is known so far."""
     plan = Plan(**json.loads(Path(plan_file).read_text(encoding="utf-8")))
-    found = measure_arm(plan, began)
-    Path(result_file).write_text(json.dumps(found, indent=1, allow_nan=False), encoding="utf-8")
+    result = Path(result_file)
+
+    def keep(found: dict[str, Any]) -> None:
+        unfinished = result.with_suffix(".part")
+        unfinished.write_text(json.dumps(found, indent=1, allow_nan=False), encoding="utf-8")
+        unfinished.replace(result)
+
+    measure_arm(plan, began, keep)
 
 
 if __name__ == "__main__":

@@ -2,7 +2,7 @@
 
 Each arm is a child process (`engine_bench.py`) that starts vLLM's engine and measures start-up, the
 pool, prefill, decode of an equal batch, decode of as many requests as fit, and bursts. Its figures
-are written as soon as it ends, so an arm that fails later takes nothing with it.
+are written one by one, so an arm that fails or takes too long keeps those before, and the others.
 
 Weights may be random (``load_format="dummy"``): speed does not depend on their values.
 """
@@ -189,12 +189,13 @@ def measure_arm(
     dict
         Figures of `engine_bench.measure_arm`, with ``reported_tokens`` and ``compiled_before`` (an
         earlier engine left its compiled graphs) from the engine's log,
-        ``slowdown_us`` of `kvarn_core.testing.throttle`, the GPUs, the plan and the commit.
+        ``slowdown_us`` of `kvarn_core.testing.throttle`, the GPUs, the plan and the commit. If
+        the child fails or takes too long, those before, and ``failed`` says how.
 
     Raises
     ------
     RuntimeError
-        If the child fails or takes too long; the message holds the end of its log.
+        If that happens before the first figures; the message holds the end of its log.
     """
     plan_file, log, raw = out / f"plan-{arm}.json", out / f"engine-{arm}.log", _raw(out, arm)
     plan = vars(settings.plan(arm))
@@ -203,8 +204,16 @@ def measure_arm(
     environment = {**os.environ, **OFFLINE, **settings.environment}
     child = [*command, str(plan_file), str(raw)]
     before = slowdown_us()
-    run_child(f"Arm {arm}", child, log, environment, settings.arm_seconds)
+    failed = None
+    try:
+        run_child(f"Arm {arm}", child, log, environment, settings.arm_seconds)
+    except RuntimeError as error:
+        if not raw.exists():
+            raise
+        failed = str(error)
     found: dict[str, Any] = json.loads(raw.read_text(encoding="utf-8"))
+    if failed:
+        found["failed"] = failed
     said = log.read_text(encoding="utf-8", errors="replace")
     sizes = REPORTED.findall(said)
     found["reported_tokens"] = int(sizes[-1].replace(",", "")) if sizes else None
@@ -229,8 +238,8 @@ def earlier(settings: Settings, arm: str, out: Path) -> dict[str, Any] | None:
     if not raw.exists():
         return None
     found: dict[str, Any] = json.loads(raw.read_text(encoding="utf-8"))
-    if "plan" not in found:
-        return None  # its child ended, its parent did not
+    if "plan" not in found or "failed" in found:
+        return None  # its child ended, its parent did not; or not all was measured
     if found["plan"] != vars(settings.plan(arm)):
         raise ValueError(f"{raw} was made with other settings. Remove it or choose another folder.")
     then, now = ([gpu["name"] for gpu in gpus] for gpus in (found["gpus"], _gpus()))
@@ -265,9 +274,9 @@ def run_throughput(
     Returns
     -------
     run : Run
-        The arms that could be measured, and the gates between them.
+        What could be measured, and the gates between the arms.
     errors : list of str
-        What happened to the others.
+        What happened to the rest.
 
     Raises
     ------
@@ -288,10 +297,13 @@ def run_throughput(
         progress(f"engines, {arm}", done, len(settings.arms))
         figures = earlier(settings, arm, out) if reuse else None
         try:
-            found[arm] = figures or measure_arm(settings, arm, out, command)
+            figures = figures or measure_arm(settings, arm, out, command)
         except RuntimeError as error:
             errors.append(str(error))
             continue
+        if "failed" in figures:
+            errors.append(figures["failed"])
+        found[arm] = figures
         run = assemble(header, settings, found, time.monotonic() - began)
         run.save(out / "result.json")
     progress("engines", len(settings.arms), len(settings.arms))

@@ -49,9 +49,6 @@ def measurements(arm: str, figures: dict[str, Any]) -> list[Measurement]:
     """Measurements of one arm from the figures of its child process."""
     raw = f"arm-{arm}.json"
     longest = {"tokens": figures["tokens_per_request"]}
-    plan = figures["plan"]
-    prefill = figures["prefill_tokens"] / figures["prefill_seconds"]
-    burst = {"requests": plan["requests"], "tokens": plan["prompt_tokens"]}
     pool = figures["pages"] * figures["page_size"]
     start = {"compiled_before": figures.get("compiled_before")}
     found = [
@@ -72,16 +69,13 @@ def measurements(arm: str, figures: dict[str, Any]) -> list[Measurement]:
             better="higher",
             context=longest,
         ),
-        measure(
-            "prefill",
-            arm,
-            Unit.TOKENS_PER_SECOND,
-            prefill,
-            better="higher",
-            context=burst,
-            raw=raw,
-        ),
     ]
+    if "prefill_seconds" in figures:
+        plan = figures["plan"]
+        burst = {"requests": plan["requests"], "tokens": plan["prompt_tokens"]}
+        speed = figures["prefill_tokens"] / figures["prefill_seconds"]
+        unit = Unit.TOKENS_PER_SECOND
+        found.append(measure("prefill", arm, unit, speed, better="higher", context=burst, raw=raw))
     if figures["reported_tokens"] is not None:
         reported = figures["reported_tokens"]
         found.insert(2, measure("reported_tokens", arm, Unit.TOKENS, reported, better="higher"))
