@@ -156,6 +156,7 @@ def throughput(
         int | None,
         typer.Option(help="FlashAttention of turboquant, where vLLM's choice, 2, is absent."),
     ] = None,
+    arm_seconds: Annotated[float, typer.Option(help="An arm that takes longer is ended.")] = 900.0,
     reuse: Annotated[bool, typer.Option(help="Keep arms measured earlier in this folder.")] = False,
     figures: Annotated[bool, typer.Option(help="Write report and figures.")] = True,
     as_json: JsonOption = False,
@@ -197,6 +198,7 @@ def throughput(
             engine={**engine, **json.loads(engine_args)},
             turboquant_flash_attention=turboquant_flash_attention,
             environment={} if torch.cuda.is_available() else CPU_ENVIRONMENT,
+            arm_seconds=arm_seconds,
         )
         with progress_bars() as progress:
             run, errors = run_throughput(settings, out, progress, reuse=reuse)
