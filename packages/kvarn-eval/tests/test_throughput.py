@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
+from kvarn_eval.report import markdown
 from kvarn_eval.schema import Run, Verdict
 from kvarn_eval.throughput import Settings, earlier, measure_arm, run_throughput
 
@@ -61,6 +62,7 @@ def test_arms_that_fail_leave_the_others(tmp_path: Path, command: tuple[str, ...
     assert run.value("kvarn", "reported_tokens") == 5234
     assert run.value("fp16", "prefill") == 20
     assert [error.splitlines()[-1] for error in errors] == ["no such kernel"]
+    assert run.failed == {"fp8": "Arm fp8 ended with status 1."}
     assert Run.load(tmp_path / "result.json") == run
 
 
@@ -72,6 +74,7 @@ def test_an_arm_that_fails_later_keeps_its_figures(
     assert run.value("turboquant", "pool_tokens") == 1600
     assert "turboquant:prefill" not in {m.key for m in run.measurements}
     assert [error.splitlines()[-1] for error in errors] == ["out of memory"]
+    assert "Not all of turboquant was measured. Arm turboquant ended with" in markdown(run, [])
     assert earlier(compared, "kvarn", tmp_path) is not None
     assert earlier(compared, "turboquant", tmp_path) is None, "it is measured again"
 

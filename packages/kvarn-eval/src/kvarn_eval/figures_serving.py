@@ -153,7 +153,7 @@ def draw_pareto(
     if len(shown) < 2:
         return None
     figure, axes = plt.subplots(figsize=(6.4, 4.0))
-    for point in shown:
+    for rank, point in enumerate(sorted(shown, key=lambda point: point.speed)):
         m = point.quality
         low, high = m.interval or (m.median, m.median)
         y = 100 * m.median
@@ -161,7 +161,8 @@ def draw_pareto(
                       capsize=2, linewidth=0.8)  # fmt: skip
         axes.scatter(point.speed, y, s=60 * point.size, alpha=0.8, label=point.arm)
         note = f"{point.arm}\n{point.size:.2f}x tokens"
-        axes.annotate(note, (point.speed, y), xytext=(8, 6), textcoords="offset points", fontsize=7)
+        place = (11, -20 if rank % 2 else 6)  # in turn, since neighbours may be close
+        axes.annotate(note, (point.speed, y), xytext=place, textcoords="offset points", fontsize=7)
     axes.axvline(1, color="0.7", linewidth=0.8, linestyle=":", zorder=0)
     axes.margins(x=0.25, y=0.3)
     axes.set_ylim(top=min(axes.get_ylim()[1], 101))

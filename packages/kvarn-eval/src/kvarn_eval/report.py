@@ -88,7 +88,10 @@ def headline(run: Run) -> str:
 
 def markdown(run: Run, figures: list[str]) -> str:
     """The report: verdict, gates, measurements, figures, environment, command."""
-    lines = [f"# {run.suite}: {run.verdict.value}", "", headline(run), "", "## Gates", ""]
+    lines = [f"# {run.suite}: {run.verdict.value}", "", headline(run), ""]
+    for arm, how in run.failed.items():
+        lines += [f"Not all of {arm} was measured. {how}", ""]
+    lines += ["## Gates", ""]
     gates = [
         [
             g.name,

@@ -175,7 +175,8 @@ class Gate(Strict):
 class Run(Strict):
     """One evaluation: what ran where, what came out, and the verdict.
 
-    `commits` names those of arms that were measured at others than `git`, in earlier runs.
+    `commits` names those of arms that were measured at others than `git`, in earlier runs. `failed`
+    says what ended arms, in `arms` or not, before all that was asked for was measured.
     """
 
     schema_version: Literal[1] = 1
@@ -190,6 +191,7 @@ class Run(Strict):
     model: Model
     arms: dict[str, Arm]
     commits: dict[str, list[str]] = {}
+    failed: dict[str, str] = {}
     measurements: list[Measurement]
     gates: list[Gate]
 

@@ -287,7 +287,7 @@ def run_throughput(
     """
     began = time.monotonic()
     found: dict[str, dict[str, Any]] = {}
-    errors: list[str] = []
+    errors: dict[str, str] = {}
     name = portable([settings.model])[0]
     ranks = int(settings.engine.get("tensor_parallel_size", 1))
     model = Model(name=name, weights_sha256=None, dtype=settings.dtype, tensor_parallel=ranks)
@@ -295,30 +295,30 @@ def run_throughput(
     run = None
     for done, arm in enumerate(settings.arms):
         progress(f"engines, {arm}", done, len(settings.arms))
-        figures = earlier(settings, arm, out) if reuse else None
         try:
-            figures = figures or measure_arm(settings, arm, out, command)
+            figures = earlier(settings, arm, out) if reuse else None
+            found[arm] = figures or measure_arm(settings, arm, out, command)
+            if how := found[arm].get("failed"):
+                errors[arm] = how
         except RuntimeError as error:
-            errors.append(str(error))
-            continue
-        if "failed" in figures:
-            errors.append(figures["failed"])
-        found[arm] = figures
-        run = assemble(header, settings, found, time.monotonic() - began)
-        run.save(out / "result.json")
+            errors[arm] = str(error)
+        if found:
+            run = assemble(header, settings, found, errors, time.monotonic() - began)
+            run.save(out / "result.json")
     progress("engines", len(settings.arms), len(settings.arms))
     if run is None:
-        raise RuntimeError("\n".join(errors))
-    return run, errors
+        raise RuntimeError("\n".join(errors.values()))
+    return run, list(errors.values())
 
 
 def assemble(
     header: dict[str, Any],
     settings: Settings,
     found: dict[str, dict[str, Any]],
+    errors: dict[str, str],
     seconds: float,
 ) -> Run:
-    """The result of the arms measured so far."""
+    """The result of the arms measured so far, and the first sentence of each error."""
     measured = [m for arm, figures in found.items() for m in measurements(arm, figures)]
     gpus = [gpu.name for gpu in find_gpus()]
     by_key = {m.key: m for m in measured}
@@ -328,6 +328,7 @@ def assemble(
             "seconds": round(seconds, 1),
             "arms": {arm: settings.describe(arm) for arm in found},
             "commits": _commits(found, header["git"]),
+            "failed": {arm: error.split(". Its log")[0] + "." for arm, error in errors.items()},
             "measurements": measured,
             "gates": gates(
                 by_key,

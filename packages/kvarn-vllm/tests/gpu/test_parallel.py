@@ -42,6 +42,7 @@ def serve(runner: str, gpus: str, folder: Path, name: str) -> tuple[dict[str, An
         "CUDA_VISIBLE_DEVICES": gpus,
         "VLLM_USE_V2_MODEL_RUNNER": str(int(runner == "v2")),
         "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+        "VLLM_WORKER_MULTIPROC_METHOD": "spawn",  # pytest's helpers have asked for GPUs, no fork
         "VLLM_USE_FLASHINFER_SAMPLER": "0",
         "HF_HUB_OFFLINE": "1",
         "VLLM_CACHE_ROOT": str(folder / f"cache-{runner}-{len(gpus)}"),  # a repeat reuses it
