@@ -32,6 +32,11 @@ def test_imports_neither_vllm_nor_the_plugin(path: Path) -> None:
     assert not imported(path.read_text(encoding="utf-8")) & forbidden
 
 
+@pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_every_source_is_short(path: Path) -> None:
+    assert len(path.read_text(encoding="utf-8").splitlines()) <= 400
+
+
 def test_the_rule_sees_an_import() -> None:
     assert imported("def f():\n    from vllm.config import x\n") & FORBIDDEN
 

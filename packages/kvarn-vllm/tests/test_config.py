@@ -21,6 +21,10 @@ from kvarn_vllm.config import (
 
 NGRAM = {"method": "ngram", "num_speculative_tokens": 2, "prompt_lookup_max": 2}
 TRANSFER = {"kv_connector": "ExampleConnector", "kv_role": "kv_both"}
+CONTEXT_PARALLEL = (
+    "KVarN: context parallelism splits the tokens of a tile over ranks. "
+    "Set --decode-context-parallel-size and --prefill-context-parallel-size to 1."
+)
 FLAGS = {
     "speculative-decoding": (
         {"speculative_config": NGRAM},
@@ -29,8 +33,11 @@ FLAGS = {
     ),
     "context-parallelism": (
         {"prefill_context_parallel_size": 2},
-        "KVarN: context parallelism splits the tokens of a tile over ranks. "
-        "Set --decode-context-parallel-size and --prefill-context-parallel-size to 1.",
+        CONTEXT_PARALLEL,
+    ),
+    "context-parallelism-of-decode": (
+        {"tensor_parallel_size": 4, "decode_context_parallel_size": 2},
+        CONTEXT_PARALLEL,
     ),
     "scales": (
         {"calculate_kv_scales": True},

@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 import torch
 from vllm.config import VllmConfig, set_current_vllm_config
+from vllm.v1.attention.backends import fa_utils
 
 from kvarn_core.ops import store
 from kvarn_vllm import by_request, flash, workspace
@@ -377,6 +378,12 @@ def test_warm_up_reserves_the_largest_step_and_runs_every_op_once(
         served.step(chunks)
     assert scratch[before:]
     assert max(scratch[before:]) <= reserved
+
+
+def test_a_vllm_without_flash_attention_is_refused(monkeypatch: Any) -> None:
+    monkeypatch.setattr(fa_utils, "get_flash_attn_version", lambda **kwargs: None)
+    with pytest.raises(RuntimeError, match=r"^KVarN: this vLLM has no FlashAttention for this GPU"):
+        flash.FlashAttention.for_gpu(1.0, 128)
 
 
 def test_merging_is_that_of_vllm(monkeypatch: Any) -> None:

@@ -80,7 +80,8 @@ def test_imports_kvarn_core_through_public_names(path: Path) -> None:
 
 
 @pytest.mark.parametrize("path", SOURCES, ids=lambda path: path.stem)
-def test_every_source_has_a_test_file(path: Path) -> None:
+def test_every_source_is_short_and_has_a_test_file(path: Path) -> None:
+    assert len(path.read_text(encoding="utf-8").splitlines()) <= 400
     name = COVERED_ELSEWHERE.get(path.stem, f"test_{path.stem}")
     assert (TESTS / f"{name}.py").is_file()
 

@@ -11,9 +11,11 @@ from functools import cache
 from typing import Any
 
 import torch
+from vllm.config import get_current_vllm_config_or_none
 from vllm.v1.kv_cache_interface import FullAttentionSpec
 
 from kvarn_core import Preset, RecordLayout
+from kvarn_vllm.config import is_kvarn
 
 
 @cache
@@ -26,6 +28,19 @@ def record_layout(preset: str, head_dim: int) -> RecordLayout:
         If there is no such preset or the head dimension is not supported.
     """
     return RecordLayout(Preset.from_name(preset), head_dim)
+
+
+def table_columns() -> int:
+    """Columns of a page table under the configuration being built; 0 if it is not ours."""
+    config = get_current_vllm_config_or_none()
+    if config is None or not is_kvarn(config.cache_config.cache_dtype):
+        return 0
+    model, scheduler = config.model_config, config.scheduler_config
+    layout = record_layout(config.cache_config.cache_dtype, model.get_head_size())
+    # the second runner warms up with a full batch over all requests, whatever a request may hold
+    batch = scheduler.max_num_batched_tokens
+    requests = min(scheduler.max_num_seqs, batch)
+    return layout.columns(max(model.max_model_len, batch // requests + batch % requests))
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -279,7 +279,9 @@ def _wider_table(original: Callable[..., Any]) -> Callable[..., Any]:
         max_num_blocks: list[int] | None = None,
         cp_kv_cache_interleave_size: int = 1,
     ) -> None:
-        if columns := _table_columns():
+        from kvarn_vllm.cache_spec import table_columns
+
+        if columns := table_columns():
             max_num_blocks = [max(n, columns) for n in max_num_blocks or [0] * len(block_sizes)]
         original(
             self, max_num_reqs, max_model_len, max_num_batched_tokens, pin_memory, device,
@@ -299,7 +301,9 @@ def _wider_table_v2(original: Callable[..., Any]) -> Callable[..., Any]:
         *args: Any,
         **kwargs: Any,
     ) -> None:
-        if columns := _table_columns():
+        from kvarn_vllm.cache_spec import table_columns
+
+        if columns := table_columns():
             max_num_blocks_per_group = [max(n, columns) for n in max_num_blocks_per_group]
         original(
             self, block_sizes, max_num_reqs, max_num_batched_tokens, max_num_blocks_per_group,
@@ -343,23 +347,6 @@ def _events_of_tiles(original: Callable[..., Any]) -> Callable[..., Any]:
         return [event for event in original(self) if not is_sink(event)]
 
     return take_events
-
-
-def _table_columns() -> int:
-    """Columns a page table needs under the configuration being built; 0 if it is not ours."""
-    from vllm.config import get_current_vllm_config_or_none
-
-    config = get_current_vllm_config_or_none()
-    if config is None or not is_kvarn(config.cache_config.cache_dtype):
-        return 0
-    from kvarn_vllm.cache_spec import record_layout
-
-    model, scheduler = config.model_config, config.scheduler_config
-    layout = record_layout(config.cache_config.cache_dtype, model.get_head_size())
-    # the second runner warms up with a full batch over all requests, whatever a request may hold
-    batch = scheduler.max_num_batched_tokens
-    requests = min(scheduler.max_num_seqs, batch)
-    return layout.columns(max(model.max_model_len, batch // requests + batch % requests))
 
 
 def _platform_patch() -> Patch:

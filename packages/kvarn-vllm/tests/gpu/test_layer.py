@@ -8,7 +8,8 @@ import pytest
 import torch
 from vllm.v1.worker.workspace import init_workspace_manager, reset_workspace_manager
 
-from kvarn_core import Recipe
+from kvarn_core import Recipe, nvrtc
+from kvarn_core.layout import RING_COLUMN, seal_phase
 from kvarn_vllm.batched import Batched
 from kvarn_vllm.by_request import ByRequest
 from kvarn_vllm.cache_spec import record_layout
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
 pytestmark = pytest.mark.gpu
 
 Q_HEADS, KV_HEADS, LONGEST, MOST = 8, 2, 1600, 16
+LAYER = 5
 PREFILL_WIDTH = 512  # several passes
 
 
@@ -33,11 +35,11 @@ def workspace() -> Iterator[None]:
     reset_workspace_manager()
 
 
-def batched(preset: str, head_dim: int, dtype: torch.dtype) -> Batched:
+def batched(preset: str, head_dim: int, dtype: torch.dtype, engine: str) -> Batched:
     layout, scale = record_layout(preset, head_dim), head_dim**-0.5
     attention = FlashAttention.for_gpu(scale, head_dim)
-    scratch = Workspace(layout, Q_HEADS, KV_HEADS, MOST, "triton")
-    path = Batched(layout, Recipe.KVARN, scale, "triton", attention, scratch)
+    scratch = Workspace(layout, Q_HEADS, KV_HEADS, MOST, engine)
+    path = Batched(layout, Recipe.KVARN, scale, engine, attention, scratch)
     path.warm_up(torch.empty(2048, Q_HEADS, head_dim, dtype=dtype, device="cuda"))
     return path
 
@@ -88,7 +90,7 @@ class Requests:
         torch.cuda.synchronize()
         torch.cuda.set_sync_debug_mode("error" if isinstance(self.path, Batched) else "default")
         try:
-            self.path.serve(query, key, value, self.cache, metadata, output, layer=5)
+            self.path.serve(query, key, value, self.cache, metadata, output, layer=LAYER)
         finally:
             torch.cuda.set_sync_debug_mode("default")
         return output
@@ -109,12 +111,19 @@ SHAPES = [  # a 2-bit code that rounds the other way weighs more than all other 
 ]
 
 
+ENGINES = ["triton"]
+if torch.cuda.is_available() and torch.cuda.get_device_capability() == nvrtc.CAPABILITY:
+    ENGINES.append("cuda")
+each_engine = pytest.mark.parametrize("engine", ENGINES)
+
+
+@each_engine
 @pytest.mark.parametrize(("preset", "head_dim", "dtype", "tolerance"), SHAPES)
 def test_steps_equal_the_reference_row_by_row(
-    preset: str, head_dim: int, dtype: torch.dtype, tolerance: float
+    preset: str, head_dim: int, dtype: torch.dtype, tolerance: float, engine: str
 ) -> None:
     """Nothing waits for the device on the way."""
-    path = batched(preset, head_dim, dtype)
+    path = batched(preset, head_dim, dtype, engine)
     by_row = ByRequest(path.layout, path.recipe, path.scale, "reference", sealed=False)
     whole, reference = (Requests(one, len(STEPS[0]), dtype) for one in (path, by_row))
     for new in STEPS:
@@ -139,7 +148,7 @@ class Replayed:
     def serve(self) -> None:
         step = KVarNMetadata(self.table, self.lens, self.starts, self.rows, self.rows, 1)
         path = self.requests.path
-        path.serve(*self.inputs, self.requests.cache, step, self.output, layer=5)
+        path.serve(*self.inputs, self.requests.cache, step, self.output, layer=LAYER)
 
     def capture(self) -> torch.cuda.CUDAGraph:
         self.serve()
@@ -159,9 +168,10 @@ class Replayed:
         self.starts.copy_(torch.arange(self.rows + 1, device="cuda").clamp(max=len(lengths)))
 
 
-def test_a_replayed_step_equals_an_eager_one_bit_for_bit() -> None:
+@each_engine
+def test_a_replayed_step_equals_an_eager_one_bit_for_bit(engine: str) -> None:
     """Over two tile borders, with padded rows; neither allocates anything."""
-    path = batched("kvarn_k4v2_g128", 128, torch.float16)
+    path = batched("kvarn_k4v2_g128", 128, torch.float16, engine)
     eager, replayed = (Requests(path, 5, torch.float16) for _ in range(2))
     steps = [Replayed(requests, 8) for requests in (eager, replayed)]
     graph = steps[1].capture()
@@ -185,16 +195,27 @@ def test_a_replayed_step_equals_an_eager_one_bit_for_bit() -> None:
     assert torch.equal(eager.cache[pages], replayed.cache[pages])
 
 
-def test_a_thousand_repeats_give_one_result() -> None:
-    path = batched("kvarn_k4v2_g128", 128, torch.float16)
+@each_engine
+def test_a_thousand_repeats_give_one_result(engine: str) -> None:
+    """Of a step in which every request seals a half of a record while others are read."""
+    path = batched("kvarn_k4v2_g128", 128, torch.float16, engine)
     requests = Requests(path, 4, torch.float16)
-    requests.step([600, 700, 800, 900])
+    tile, group = 4, path.layout.group
+    lengths = [  # the step writes the position at which the keys of the first head are sealed
+        (tile + 1) * group + seal_phase(page, LAYER, 0, is_value=False, group=group)
+        for page in requests.table[:, RING_COLUMN].tolist()
+    ]
+    requests.step(lengths)
     step = Replayed(requests, 4)
-    step.load(requests.rows(4), [601, 701, 801, 901])
+    step.load(requests.rows(4), [length + 1 for length in lengths])
+    sealed = requests.table[:, path.layout.header_columns + tile].long()
+    before = requests.cache[sealed]
     step.serve()
-    first: Any = step.output.clone()
+    first: Any = step.output.clone(), requests.cache.clone()
+    assert (first[1][sealed] != before).flatten(1).any(1).all(), "every request seals"
     graph = step.capture()
     for _ in range(1000):
         step.output.fill_(float("nan"))
         graph.replay()
-        assert torch.equal(step.output, first)
+        assert torch.equal(step.output, first[0])
+    assert torch.equal(requests.cache, first[1])
