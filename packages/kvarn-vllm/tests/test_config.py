@@ -12,15 +12,15 @@ from kvarn_core import Recipe, nvrtc
 from kvarn_vllm.config import (
     Options,
     check_engine,
-    check_head_size,
-    check_layer,
-    check_selection,
     group_size,
     is_kvarn,
 )
 
 NGRAM = {"method": "ngram", "num_speculative_tokens": 2, "prompt_lookup_max": 2}
 TRANSFER = {"kv_connector": "ExampleConnector", "kv_role": "kv_both"}
+LONG_WINDOW = {
+    "architectures": ["MistralForCausalLM"], "model_type": "mistral", "sliding_window": 262_144,
+}  # fmt: skip
 CONTEXT_PARALLEL = (
     "KVarN: context parallelism splits the tokens of a tile over ranks. "
     "Set --decode-context-parallel-size and --prefill-context-parallel-size to 1."
@@ -138,13 +138,25 @@ def test_batch_invariant_mode_is_refused(tiny_model: Any, monkeypatch: Any) -> N
             "KVarN: this model's attention needs a sliding window, which kvarn does not implement. "
             "Use another --kv-cache-dtype.",
         ),
+        (
+            LONG_WINDOW,
+            "KVarN: this model's sliding window of 262144 tokens hides nothing, but layers ask for "
+            "it. Add --disable-sliding-window.",
+        ),
     ],
-    ids=["head-size", "sliding-window"],
+    ids=["head-size", "sliding-window", "long-window"],
 )  # fmt: skip
 def test_refused_models(tiny_model: Any, tmp_path: Any, changes: Any, sentence: str) -> None:
     config = json.loads((tiny_model() / "config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps({**config, **changes}))
     assert refusal(tmp_path) == sentence
+
+
+def test_a_window_longer_than_any_request_can_be_disabled(tiny_model: Any, tmp_path: Any) -> None:
+    config = json.loads((tiny_model() / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({**config, **LONG_WINDOW}))
+    found = engine_args(tmp_path, disable_sliding_window=True).create_engine_config()
+    assert found.model_config.max_model_len == config["max_position_embeddings"]
 
 
 def complete_config(
@@ -313,58 +325,6 @@ def test_the_cuda_engine_is_refused_without_its_compiler(monkeypatch: pytest.Mon
     assert str(caught.value) == (
         "KVarN: the cuda engine needs the package cuda-bindings. "
         "Install kvarn-core[cuda], or use engine auto or triton."
-    )
-
-
-LAYERS = {
-    "alibi": ({"alibi_slopes": [0.5]}, "ALiBi"),
-    "sliding-window": ({"sliding_window": 64}, "a sliding window"),
-    "soft-cap": ({"logits_soft_cap": 50.0}, "soft capping of logits"),
-    "shared-cache": ({"shares_cache": True}, "the cache of another layer"),
-    "sinks": ({"extra": {"sinks": torch.zeros(2)}}, "the argument sinks"),
-}
-
-
-@pytest.mark.parametrize(("arguments", "what"), LAYERS.values(), ids=LAYERS)
-def test_refused_layers(arguments: dict[str, Any], what: str) -> None:
-    check_layer(logits_soft_cap=0.0, extra={"sinks": None})
-    with pytest.raises(NotImplementedError) as caught:
-        check_layer(**arguments)
-    assert str(caught.value) == (
-        f"KVarN: this model's attention needs {what}, which kvarn does not implement. "
-        "Use another --kv-cache-dtype."
-    )
-
-
-SELECTIONS = {
-    "use_mla": "a compressed latent (MLA)",
-    "use_sparse": "sparse attention",
-    "has_sink": "attention sinks",
-    "use_mm_prefix": "bidirectional attention to images",
-    "use_non_causal": "non-causal attention",
-    "use_per_head_quant_scales": "scales per head from the checkpoint",
-}
-
-
-@pytest.mark.parametrize("field", SELECTIONS)
-def test_refused_selections(field: str) -> None:
-    wanted = dict.fromkeys(SELECTIONS, False)
-    check_selection(SimpleNamespace(head_size=128, **wanted))
-    with pytest.raises(NotImplementedError) as caught:
-        check_selection(SimpleNamespace(head_size=128, **{**wanted, field: True}))
-    assert str(caught.value) == (
-        f"KVarN: this model's attention needs {SELECTIONS[field]}, which kvarn does not "
-        "implement. Use another --kv-cache-dtype."
-    )
-
-
-def test_two_head_sizes_in_one_model_are_refused() -> None:
-    check_head_size(256, expected=256)
-    with pytest.raises(NotImplementedError) as caught:
-        check_head_size(64, expected=128)
-    assert str(caught.value) == (
-        "KVarN: layers with head sizes 128 and 64 in one model are not supported. "
-        "Use another --kv-cache-dtype."
     )
 
 

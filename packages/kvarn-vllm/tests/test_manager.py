@@ -343,6 +343,27 @@ def test_what_was_published_before_stays_after_preemption() -> None:
     assert kv.get_computed_blocks(second)[1] == 3 * GROUP
 
 
+def test_pages_that_nobody_can_find_do_not_sweep_the_prefix_cache() -> None:
+    kv = make_manager(100)
+    queue = kv.block_pool.free_block_queue
+    free = queue.num_free_blocks
+
+    def serve(number: int, tokens: list[int]) -> None:
+        request = make_request(number, tokens)
+        kv.new_step_starts()
+        assert kv.allocate_slots(request, len(tokens)) is not None
+        kv.free(request)
+
+    prompt = [1] * MAX_LEN
+    serve(0, prompt)
+    hits = kv.get_computed_blocks(make_request(1, prompt))[1]
+    assert hits == MAX_LEN - 2 * GROUP
+    for number in range(2, 100):  # without a complete tile, but each with a ring and a sink
+        serve(number, [number] * (GROUP - 1))
+        assert len(queue.get_all_free_blocks()) == queue.num_free_blocks == free
+    assert kv.get_computed_blocks(make_request(100, prompt))[1] == hits
+
+
 def test_events_are_those_of_tiles() -> None:
     kv = make_manager(40)
     kv.block_pool.enable_kv_cache_events = True

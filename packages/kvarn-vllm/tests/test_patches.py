@@ -60,19 +60,23 @@ def test_arming_again_would_stand_down() -> None:
     assert patches._arm() == Status(False, "KVarN: this vLLM serves kvarn cache dtypes itself.")
 
 
-def test_arming_never_raises(monkeypatch: Any) -> None:
+def test_arming_never_raises_and_what_is_half_patched_does_not_serve(monkeypatch: Any) -> None:
     def broken() -> Status:
         raise AttributeError("gone")
 
     monkeypatch.setattr(patches, "_arm", broken)
     monkeypatch.setattr(patches, "_status", None)
+    monkeypatch.setattr(EngineArgs, "create_engine_config", lambda self: "stock")
     status = arm()
     assert not status.armed
     assert status.reason == "KVarN: vLLM could not be patched (AttributeError('gone'))."
+    assert EngineArgs.create_engine_config(SimpleNamespace(kv_cache_dtype="auto")) == "stock"
+    with pytest.raises(RuntimeError, match="could not be patched"):
+        EngineArgs.create_engine_config(SimpleNamespace(kv_cache_dtype=PRESET))
 
 
 def test_unarmed_engines_refuse_ours_and_nothing_else() -> None:
-    create = patches._refuse("KVarN: because.", lambda self: "stock")
+    create = patches._refusing("KVarN: because.").wrap(lambda self: "stock")
     assert create(SimpleNamespace(kv_cache_dtype="fp8")) == "stock"
     with pytest.raises(RuntimeError, match=r"^KVarN: because\.$"):
         create(SimpleNamespace(kv_cache_dtype=PRESET))
@@ -100,7 +104,7 @@ def test_other_dtypes_pass_through(tiny_model: Any) -> None:
     stock = config(tiny_model, "auto", **flags)
     assert stock.additional_config == flags["additional_config"]
     planned: list[Any] = []
-    initialize = patches._balanced_model(lambda worker, plans: planned.append(plans))
+    initialize = patches._ready_model(lambda worker, plans: planned.append(plans))
     initialize(SimpleNamespace(vllm_config=stock), ["a plan"])  # and no worker to be balanced
     assert planned == [["a plan"]]
 
@@ -111,6 +115,7 @@ def test_other_dtypes_pass_through(tiny_model: Any) -> None:
         ({}, None, True),
         ({"cpu_offload_gb": 1.0}, None, True),  # a view of memory that stays where it is
         ({"offload_group_size": 2}, None, False),
+        ({"load_format": "dummy"}, None, False),  # the first weights of some trainings
         ({}, "new weights", False),
     ],
 )
@@ -129,7 +134,7 @@ def test_weights_that_arrive_later_are_not_balanced(
     monkeypatch.setattr("kvarn_vllm.balance.balance_model", lambda model: done.append(model))
     monkeypatch.setattr("kvarn_vllm.balance.keep_balance", lambda runner: done.append(runner))
     worker = SimpleNamespace(get_model=lambda: "model", model_runner="runner")
-    initialize = patches._balanced_model(lambda worker, plans: None)
+    initialize = patches._ready_model(lambda worker, plans: None)
     initialize(SimpleNamespace(vllm_config=found, worker=worker), [])
     assert done == (["model", "runner"] if balanced else [])
     assert ("norms are not balanced" in caplog.text) is not balanced

@@ -70,3 +70,23 @@ def test_an_unknown_vllm_is_left_alone_and_says_why(tiny_model: Any) -> None:
         "RESULT KVarN: vLLM 0.24.1 is not supported (tested: 0.22.0). "
         "Install vllm==0.22.0 or a newer kvarn-vllm.",
     ]
+
+
+BROKEN = """
+import logging, sys
+sys.modules["kvarn_core.spec"] = None  # as if kvarn-core were of another version
+logging.basicConfig(format="RESULT %(message)s")
+import kvarn_vllm
+kvarn_vllm.register()
+from vllm import EngineArgs
+print("RESULT", EngineArgs(model=sys.argv[1]).create_engine_config().cache_config.cache_dtype)
+"""
+
+
+def test_a_plugin_that_cannot_be_loaded_leaves_vllm_alone(tiny_model: Any) -> None:
+    command = [sys.executable, "-c", BROKEN, str(tiny_model())]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    said = [line for line in (done.stderr + done.stdout).splitlines() if "RESULT" in line]
+    assert "KVarN: the plugin cannot be loaded (" in said[0]
+    assert "Install kvarn-core and kvarn-vllm of one version." in said[0]
+    assert said[-1] == "RESULT auto"

@@ -37,10 +37,11 @@ def table_columns() -> int:
         return 0
     model, scheduler = config.model_config, config.scheduler_config
     layout = record_layout(config.cache_config.cache_dtype, model.get_head_size())
-    # the second runner warms up with a full batch over all requests, whatever a request may hold
-    batch = scheduler.max_num_batched_tokens
-    requests = min(scheduler.max_num_seqs, batch)
-    return layout.columns(max(model.max_model_len, batch // requests + batch % requests))
+    # the second runner warms up with batches over all requests, whatever a request may hold: equal
+    # shares, and the last request has what is left
+    requests = min(scheduler.max_num_seqs, scheduler.max_num_batched_tokens)
+    share = scheduler.max_num_batched_tokens // requests + requests - 1
+    return layout.columns(max(model.max_model_len, share))
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,7 +1,7 @@
-"""The plugin's options, and every refusal.
+"""The plugin's options, and what is refused of an engine's configuration.
 
-What is not supported is said in one sentence before the model loads: most checks run when vLLM has
-put its configuration together, the few that concern a single layer when that layer is built.
+What is not supported is said before the model loads: these checks run when vLLM has put its
+configuration together. Those of a single layer are in `layer_checks`.
 """
 
 from __future__ import annotations
@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from kvarn_core import PRESETS, Preset, Recipe, dispatch, nvrtc
-from kvarn_core.layout import HEAD_DIMS
 from kvarn_core.spec import DEBUG_PRESETS
+from kvarn_vllm.layer_checks import check_head_size, check_layer, refusal, refuse_needs
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -168,7 +168,7 @@ def _check_platform(config: Any, platform: Any) -> None:
         _check_cuda(platform)
     by_request = options.prefill == "sealed" or engine == "reference"
     if by_request and config.compilation_config.cudagraph_mode.name == "FULL":
-        raise _refusal(
+        raise refusal(
             "CUDA graphs cannot hold steps that are served request by request",
             "Remove cudagraph_mode FULL, or use prefill chunk and another engine",
         )
@@ -177,17 +177,17 @@ def _check_platform(config: Any, platform: Any) -> None:
 def _check_cuda(platform: Any) -> None:
     """Refuse CUDA C++ where its machine code or its compiler is missing; touches no GPU."""
     if not platform.is_device_capability(nvrtc.CAPABILITY):
-        raise _refusal(
+        raise refusal(
             "the cuda engine needs a GPU of compute capability 9.0 exactly",
             "Use engine auto or triton",
         )
     if missing := nvrtc.obstacle():
-        raise _refusal(
+        raise refusal(
             f"the cuda engine needs {missing}",
             "Install kvarn-core[cuda], or use engine auto or triton",
         )
     if older := nvrtc.driver_obstacle():
-        raise _refusal(
+        raise refusal(
             f"the driver is too old for the cuda engine ({older})",
             "Update the driver, or use engine auto or triton",
         )
@@ -203,26 +203,27 @@ def _check_kernels(engine: str) -> None:
 
 def _check_model(model: Any) -> None:
     if model.use_mla:
-        raise _refusal(
+        raise refusal(
             "MLA models keep a compressed latent, not keys and values",
             "Use another --kv-cache-dtype",
         )
     if model.is_hybrid:
-        raise _refusal("hybrid state-space models are not supported yet", "Use another model")
+        raise refusal("hybrid state-space models are not supported yet", "Use another model")
     if model.is_encoder_decoder:
-        raise _refusal("encoder-decoder models are not supported", "Use another model")
+        raise refusal("encoder-decoder models are not supported", "Use another model")
     if model.attn_type in ("encoder_only", "attention_free"):
-        raise _refusal("this model keeps no KV cache", "Remove --kv-cache-dtype")
+        raise refusal("this model keeps no KV cache", "Remove --kv-cache-dtype")
     check_head_size(model.get_head_size())
-    if _has_sliding_window(model):
-        check_layer(sliding_window=0)
+    window = model.get_sliding_window()
+    if window is not None and window >= model.max_model_len:
+        raise refusal(
+            f"this model's sliding window of {window} tokens hides nothing, but layers ask for it",
+            "Add --disable-sliding-window",
+        )
+    if window is not None or "sliding_attention" in _layer_types(model):
+        check_layer(sliding_window=window or 0)
     if model.attention_chunk_size or "chunked_attention" in _layer_types(model):
-        _refuse_needs({"attention within chunks": True})
-
-
-def _has_sliding_window(model: Any) -> bool:
-    """Whether any layer of the model looks at a window instead of everything."""
-    return model.get_sliding_window() is not None or "sliding_attention" in _layer_types(model)
+        refuse_needs({"attention within chunks": True})
 
 
 def _layer_types(model: Any) -> Sequence[str]:
@@ -233,18 +234,18 @@ def _check_cache(config: Any) -> None:
     cache = config.cache_config
     group_size(cache.cache_dtype, cache.block_size)
     if cache.calculate_kv_scales:
-        raise _refusal("kvarn computes its own scales", "Remove --calculate-kv-scales")
+        raise refusal("kvarn computes its own scales", "Remove --calculate-kv-scales")
     if cache.kv_cache_dtype_skip_layers:
-        raise _refusal(
+        raise refusal(
             "layers outside kvarn need a cache group of their own, which is not supported yet",
             "Remove --kv-cache-dtype-skip-layers",
         )
     if cache.kv_sharing_fast_prefill:
-        raise _refusal(
+        raise refusal(
             "fast prefill over shared caches is not supported", "Remove --kv-sharing-fast-prefill"
         )
     if config.kv_transfer_config is not None or cache.kv_offloading_size is not None:
-        raise _refusal(
+        raise refusal(
             "transfer and offloading of kvarn pages are not supported yet",
             "Remove --kv-transfer-config and --kv-offloading-size",
         )
@@ -253,143 +254,48 @@ def _check_cache(config: Any) -> None:
 def _check_features(config: Any, *, batch_invariant: bool) -> None:
     parallel = config.parallel_config
     if config.speculative_config is not None:
-        raise _refusal(
+        raise refusal(
             "speculative decoding is not supported with a kvarn KV cache yet",
             "Remove --speculative-config",
         )
     if max(parallel.decode_context_parallel_size, parallel.prefill_context_parallel_size) > 1:
-        raise _refusal(
+        raise refusal(
             "context parallelism splits the tokens of a tile over ranks",
             "Set --decode-context-parallel-size and --prefill-context-parallel-size to 1",
         )
     if parallel.data_parallel_size > 1:
         # An idle rank runs steps on stale page tables and trusts slot mappings to prevent writes.
         if config.model_config.is_moe:
-            raise _refusal(
+            raise refusal(
                 "data parallel mixture-of-experts models are not supported yet",
                 "Set --data-parallel-size to 1",
             )
         if parallel.distributed_executor_backend == "external_launcher":
-            raise _refusal(
+            raise refusal(
                 "data parallel engines of an external launcher are not supported yet",
                 "Set data_parallel_size to 1, or use vllm serve",
             )
     backend = config.attention_config.backend
     if backend is not None and backend.name != "CUSTOM":
-        raise _refusal(
+        raise refusal(
             f"attention backend {backend.name} cannot read a kvarn cache",
             "Remove --attention-backend; kvarn selects its own",
         )
     if batch_invariant:
-        raise _refusal("batch-invariant mode is not supported yet", "Unset VLLM_BATCH_INVARIANT")
+        raise refusal("batch-invariant mode is not supported yet", "Unset VLLM_BATCH_INVARIANT")
     if config.model_config.enable_return_routed_experts:
-        raise _refusal(
+        raise refusal(
             "returning routed experts needs stock block tables",
             "Remove --enable-return-routed-experts",
         )
 
 
 def weights_arrive_later(config: Any) -> bool:
-    """Whether weights are brought while the model serves, which undoes what was done to them."""
+    """Whether weights are brought while the model serves, which undoes what was done to them.
+
+    Random weights are taken for a sign of that: their norms say nothing of those that may follow.
+    """
     offload = config.offload_config
     fetched = offload.offload_backend == "prefetch" or offload.prefetch.offload_group_size > 0
-    return fetched or config.weight_transfer_config is not None
-
-
-def check_head_size(head_size: int, *, expected: int | None = None) -> None:
-    """Refuse head sizes that the rotation cannot handle, or that differ from `expected`.
-
-    Raises
-    ------
-    NotImplementedError
-        With the head size and what is possible.
-    """
-    if expected not in (None, head_size):
-        raise _refusal(
-            f"layers with head sizes {expected} and {head_size} in one model are not supported",
-            "Use another --kv-cache-dtype",
-        )
-    if head_size not in HEAD_DIMS:
-        raise _refusal(
-            f"head size {head_size} is not supported",
-            f"Choose a model with head size {', '.join(map(str, HEAD_DIMS[:-1]))} or "
-            f"{HEAD_DIMS[-1]} (the rotation needs a power of two)",
-        )
-
-
-def check_selection(selection: Any) -> None:
-    """Refuse what one layer asks of its attention backend.
-
-    Parameters
-    ----------
-    selection : AttentionSelectorConfig
-        vLLM's description of a decoder layer.
-
-    Raises
-    ------
-    NotImplementedError
-        If the layer needs something that is not implemented.
-    """
-    check_head_size(selection.head_size)
-    needs = {
-        "a compressed latent (MLA)": selection.use_mla,
-        "sparse attention": selection.use_sparse,
-        "attention sinks": selection.has_sink,
-        "bidirectional attention to images": selection.use_mm_prefix,
-        "non-causal attention": selection.use_non_causal,
-        "scales per head from the checkpoint": selection.use_per_head_quant_scales,
-    }
-    _refuse_needs(needs)
-
-
-def check_spec(spec: object) -> None:
-    """Refuse a layer whose pages are planned by vLLM although the cache is ours.
-
-    Raises
-    ------
-    NotImplementedError
-        If its class plans pages of its own, or its model did not pass it the cache dtype.
-    """
-    if not hasattr(spec, "preset"):
-        raise _refusal(
-            f"a layer of this model plans a {type(spec).__name__} of its own",
-            "Use another --kv-cache-dtype",
-        )
-
-
-def check_layer(
-    *,
-    alibi_slopes: object = None,
-    sliding_window: object = None,
-    logits_soft_cap: float | None = None,
-    shares_cache: bool = False,
-    extra: Mapping[str, object] | None = None,
-) -> None:
-    """Refuse what one layer's constructor asks for; the arguments are vLLM's.
-
-    Raises
-    ------
-    NotImplementedError
-        If the layer needs something that is not implemented.
-    """
-    needs = {
-        "ALiBi": alibi_slopes is not None,
-        "a sliding window": sliding_window is not None,
-        "soft capping of logits": bool(logits_soft_cap),
-        "the cache of another layer": shares_cache,
-    }
-    needs |= {f"the argument {name}": value is not None for name, value in (extra or {}).items()}
-    _refuse_needs(needs)
-
-
-def _refuse_needs(needs: dict[str, bool]) -> None:
-    for what, needed in needs.items():
-        if needed:
-            raise _refusal(
-                f"this model's attention needs {what}, which kvarn does not implement",
-                "Use another --kv-cache-dtype",
-            )
-
-
-def _refusal(fact: str, remedy: str) -> NotImplementedError:
-    return NotImplementedError(f"KVarN: {fact}. {remedy}.")
+    random = config.load_config.load_format == "dummy"
+    return fetched or random or config.weight_transfer_config is not None

@@ -19,9 +19,10 @@ from vllm.v1.attention.backend import AttentionImpl, AttentionType
 from kvarn_vllm.batched import Batched
 from kvarn_vllm.by_request import ByRequest
 from kvarn_vllm.cache_spec import record_layout
-from kvarn_vllm.config import Options, check_layer
+from kvarn_vllm.config import Options
 from kvarn_vllm.engine import choose, explain, serves_batches
 from kvarn_vllm.flash import FlashAttention
+from kvarn_vllm.layer_checks import check_layer
 from kvarn_vllm.workspace import Workspace
 
 if TYPE_CHECKING:

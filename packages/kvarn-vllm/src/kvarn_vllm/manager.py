@@ -129,14 +129,19 @@ class KVarNManager(FullAttentionManager):  # type: ignore[misc]
         self.published_this_step.setdefault(request.request_id, []).extend(pages)
 
     def free(self, request_id: str) -> None:
-        """Return all pages. Those worth most to the prefix cache are reused last."""
+        """Return all pages. Those worth most to the prefix cache are reused last.
+
+        Pages that nobody can find are reused first, before anything cached is given up: every
+        request leaves a ring of them, which would sweep the cache if they queued behind it.
+        """
         columns = self.req_to_blocks.pop(request_id, [])
         self.num_cached_block.pop(request_id, None)
         ring = columns[RING_COLUMN : self.header]
         records = columns[self.header :]
         sink = columns[SINK_COLUMN:RING_COLUMN]
-        ordered = [*ring, *reversed(records), *sink]
-        self.block_pool.free_blocks([page for page in ordered if not page.is_null])
+        pages = [page for page in (*ring, *reversed(records), *sink) if not page.is_null]
+        self.block_pool.free_blocks([page for page in pages if page.block_hash is not None])
+        _free_first(self.block_pool, [page for page in pages if page.block_hash is None])
 
     def get_num_common_prefix_blocks(self, running_request_id: str) -> int:
         """Return 0: columns of two requests never agree, each has its own header."""
@@ -187,6 +192,19 @@ class KVarNManager(FullAttentionManager):  # type: ignore[misc]
     def _sink_key(self, first_hash: bytes) -> Any:
         digest = hashlib.sha256(b"kvarn-sink" + first_hash).digest()[: -len(SINK_MARK)]
         return make_block_hash_with_group_id(BlockHash(digest + SINK_MARK), self.kv_cache_group_id)
+
+
+def _free_first(pool: Any, pages: Sequence[KVCacheBlock]) -> None:
+    """Return pages to the head of vLLM's queue of free pages, which it can only append to."""
+    queue = pool.free_block_queue
+    head = queue.fake_free_list_head
+    for page in pages:
+        page.ref_cnt -= 1
+        if page.ref_cnt == 0:
+            follower = head.next_free_block
+            page.prev_free_block, page.next_free_block = head, follower
+            head.next_free_block = follower.prev_free_block = page
+            queue.num_free_blocks += 1
 
 
 def is_sink(event: Any) -> bool:

@@ -21,8 +21,9 @@ from vllm.v1.attention.backend import (
 )
 from vllm.v1.attention.backends.utils import split_decodes_and_prefills
 
-from kvarn_vllm.config import Options, check_spec
+from kvarn_vllm.config import Options
 from kvarn_vllm.engine import model_layout, serves_batches
+from kvarn_vllm.layer_checks import check_spec
 from kvarn_vllm.passes import plan, prefix_sum
 from kvarn_vllm.workspace import CONTEXT_TOKENS
 

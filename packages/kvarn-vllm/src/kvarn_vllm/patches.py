@@ -9,6 +9,7 @@ unknown vLLM is left alone, and asking it for a ``kvarn_*`` dtype gives the reas
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import importlib.metadata
 import logging
@@ -18,16 +19,8 @@ from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 from kvarn_core.spec import DEBUG_PRESETS, PRESETS
-from kvarn_vllm.config import (
-    Options,
-    check_engine,
-    check_head_size,
-    check_selection,
-    check_spec,
-    group_size,
-    is_kvarn,
-    weights_arrive_later,
-)
+from kvarn_vllm.config import Options, check_engine, group_size, is_kvarn, weights_arrive_later
+from kvarn_vllm.layer_checks import check_head_size, check_plans, check_selection, check_spec
 from kvarn_vllm.signatures import changed_signature, locate, version_problem
 
 if TYPE_CHECKING:
@@ -91,6 +84,8 @@ def arm() -> Status:
         except Exception as error:
             _status = Status(False, f"KVarN: vLLM could not be patched ({error!r}).")
             LOG.warning(_status.reason)
+            with contextlib.suppress(Exception):  # what is half patched must not serve
+                _install(_refusing(_status.reason))
     return _status
 
 
@@ -103,7 +98,7 @@ def _arm() -> Status:
     problem = version_problem() or changed_signature() or slot_problem()
     _add_cache_dtypes(names)
     if problem:
-        _install(Patch(ENGINE_CONFIG, functools.partial(_refuse, problem), "say why not"))
+        _install(_refusing(problem))
         return Status(False, problem)
     _add_backend()
     _add_manager()
@@ -192,13 +187,16 @@ def fix_command_line() -> None:
 # Wrappers. They keep vLLM's parameter names: vLLM passes some of them by keyword.
 
 
-def _refuse(reason: str, original: Callable[..., Any]) -> Callable[..., Any]:
-    def create_engine_config(self: Any, *args: Any, **kwargs: Any) -> Any:
-        if is_kvarn(self.kv_cache_dtype):
-            raise RuntimeError(reason)
-        return original(self, *args, **kwargs)
+def _refusing(reason: str) -> Patch:
+    def refuse(original: Callable[..., Any]) -> Callable[..., Any]:
+        def create_engine_config(self: Any, *args: Any, **kwargs: Any) -> Any:
+            if is_kvarn(self.kv_cache_dtype):
+                raise RuntimeError(reason)
+            return original(self, *args, **kwargs)
 
-    return create_engine_config
+        return create_engine_config
+
+    return Patch(ENGINE_CONFIG, refuse, "say why not")
 
 
 def _engine_config(original: Callable[..., Any]) -> Callable[..., Any]:
@@ -313,13 +311,14 @@ def _wider_table_v2(original: Callable[..., Any]) -> Callable[..., Any]:
     return __init__
 
 
-def _balanced_model(original: Callable[..., Any]) -> Callable[..., Any]:
+def _ready_model(original: Callable[..., Any]) -> Callable[..., Any]:
     def initialize_from_config(self: Any, kv_cache_configs: list[Any]) -> None:
         config = self.vllm_config
         if is_kvarn(config.cache_config.cache_dtype):
+            check_plans(kv_cache_configs)
             options = Options.from_config(config.additional_config)
             if options.balances and weights_arrive_later(config):
-                LOG.info("KVarN: norms are not balanced, since weights arrive while serving.")
+                LOG.info("KVarN: norms are not balanced, since weights may arrive later.")
             elif options.balances:
                 from kvarn_vllm.balance import balance_model, keep_balance
 
@@ -383,8 +382,9 @@ PATCHES = (
     ),
     Patch(
         "vllm.v1.worker.worker_base:WorkerWrapperBase.initialize_from_config",
-        _balanced_model,
-        "weights are there and no CUDA graph is: keys can still be balanced against queries",
+        _ready_model,
+        "every layer has its plan, also one with a backend of its own; weights are there and no "
+        "CUDA graph is: keys can still be balanced against queries",
     ),
     Patch(
         "vllm.v1.core.sched.scheduler:Scheduler._preempt_request",
