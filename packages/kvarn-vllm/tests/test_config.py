@@ -29,7 +29,7 @@ FLAGS = {
     "speculative-decoding": (
         {"speculative_config": NGRAM},
         "KVarN: speculative decoding is not supported with a kvarn KV cache yet. "
-        "Remove --speculative-config.",
+        "Remove --speculative-config, or name the base model of a speculator.",
     ),
     "context-parallelism": (
         {"prefill_context_parallel_size": 2},

@@ -256,7 +256,7 @@ def _check_features(config: Any, *, batch_invariant: bool) -> None:
     if config.speculative_config is not None:
         raise refusal(
             "speculative decoding is not supported with a kvarn KV cache yet",
-            "Remove --speculative-config",
+            "Remove --speculative-config, or name the base model of a speculator",
         )
     if max(parallel.decode_context_parallel_size, parallel.prefill_context_parallel_size) > 1:
         raise refusal(
