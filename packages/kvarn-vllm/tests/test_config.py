@@ -18,6 +18,10 @@ from kvarn_vllm.config import (
 
 NGRAM = {"method": "ngram", "num_speculative_tokens": 2, "prompt_lookup_max": 2}
 TRANSFER = {"kv_connector": "ExampleConnector", "kv_role": "kv_both"}
+WINDOWS = {
+    "layer_types": ["sliding_attention", "full_attention"], "sliding_window": 32,
+    "use_sliding_window": True, "max_window_layers": 1,
+}  # fmt: skip
 LONG_WINDOW = {
     "architectures": ["MistralForCausalLM"], "model_type": "mistral", "sliding_window": 262_144,
 }  # fmt: skip
@@ -133,8 +137,12 @@ def test_batch_invariant_mode_is_refused(tiny_model: Any, monkeypatch: Any) -> N
             "(the rotation needs a power of two).",
         ),
         (
-            {"layer_types": ["sliding_attention", "full_attention"], "sliding_window": 32,
-             "use_sliding_window": True, "max_window_layers": 1},
+            WINDOWS,
+            "KVarN: this model's attention needs a sliding window, which kvarn does not implement. "
+            "Use another --kv-cache-dtype.",
+        ),
+        (
+            {**WINDOWS, "sliding_window": 262_144},  # which no flag lifts from some layers
             "KVarN: this model's attention needs a sliding window, which kvarn does not implement. "
             "Use another --kv-cache-dtype.",
         ),
@@ -144,7 +152,7 @@ def test_batch_invariant_mode_is_refused(tiny_model: Any, monkeypatch: Any) -> N
             "it. Add --disable-sliding-window.",
         ),
     ],
-    ids=["head-size", "sliding-window", "long-window"],
+    ids=["head-size", "sliding-window", "long-window-of-some-layers", "long-window"],
 )  # fmt: skip
 def test_refused_models(tiny_model: Any, tmp_path: Any, changes: Any, sentence: str) -> None:
     config = json.loads((tiny_model() / "config.json").read_text())

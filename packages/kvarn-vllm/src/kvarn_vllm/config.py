@@ -215,13 +215,14 @@ def _check_model(model: Any) -> None:
         raise refusal("this model keeps no KV cache", "Remove --kv-cache-dtype")
     check_head_size(model.get_head_size())
     window = model.get_sliding_window()
-    if window is not None and window >= model.max_model_len:
+    some_layers = "sliding_attention" in _layer_types(model)
+    if some_layers or (window is not None and window < model.max_model_len):
+        check_layer(sliding_window=window or 0)
+    if window is not None:
         raise refusal(
             f"this model's sliding window of {window} tokens hides nothing, but layers ask for it",
             "Add --disable-sliding-window",
         )
-    if window is not None or "sliding_attention" in _layer_types(model):
-        check_layer(sliding_window=window or 0)
     if model.attention_chunk_size or "chunked_attention" in _layer_types(model):
         refuse_needs({"attention within chunks": True})
 
