@@ -17,6 +17,7 @@ from kvarn_vllm.signatures import (
     version_problem,
 )
 
+QUEUE = "vllm.v1.core.kv_cache_utils:FreeKVCacheBlockQueue.append"  # whose links we write as well
 # SHA-256 of the wrapped sources: a change behind an unchanged signature has to be read as well.
 SOURCES = {
     "EngineArgs.create_engine_config": "49dc8b55e8cb0cfd",
@@ -27,6 +28,7 @@ SOURCES = {
     "WorkerWrapperBase.initialize_from_config": "3b298834beaea7f5",
     "Scheduler._preempt_request": "2a89cd7178fe260c",
     "BlockPool.take_events": "1c196296d76b7aa7",
+    "FreeKVCacheBlockQueue.append": "eaf61ab5f821542d",
 }
 
 
@@ -37,14 +39,16 @@ def test_vllm_is_the_recorded_one(target: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "patch", [*PATCHES, _platform_patch()], ids=lambda patch: patch.target.partition(":")[2]
+    "target",
+    [*(patch.target for patch in (*PATCHES, _platform_patch())), QUEUE],
+    ids=lambda target: target.partition(":")[2],
 )
-def test_wrapped_sources_are_the_recorded_ones(patch: Any) -> None:
+def test_wrapped_sources_are_the_recorded_ones(target: str) -> None:
     assert arm().armed
-    owner, name = locate(patch.target)
+    owner, name = locate(target)
     source = inspect.getsource(inspect.unwrap(getattr(owner, name)))
     digest = hashlib.sha256(source.encode()).hexdigest()[:16]
-    assert digest == SOURCES[patch.target.partition(":")[2]]
+    assert digest == SOURCES[target.partition(":")[2]]
 
 
 def test_a_renamed_parameter_is_noticed(monkeypatch: Any) -> None:

@@ -77,6 +77,7 @@ SIGNATURES: dict[str, str] = {
     "vllm.v1.core.block_pool:BlockPool.touch": "self blocks",
     "vllm.v1.core.block_pool:BlockPool.free_blocks": "self ordered_blocks",
     "vllm.v1.core.block_pool:BlockPool._maybe_evict_cached_block": "self block",
+    "vllm.v1.core.kv_cache_utils:FreeKVCacheBlockQueue.append": "self block",  # ours prepends
     "vllm.v1.worker.workspace:WorkspaceManager.get_simultaneous": "self shapes_and_dtypes",
     "vllm.v1.attention.ops.merge_attn_states:merge_attn_states": (
         "output prefix_output prefix_lse suffix_output suffix_lse output_lse "
