@@ -10,7 +10,7 @@ import pytest
 
 from kvarn_eval.report import markdown
 from kvarn_eval.schema import Run, Verdict
-from kvarn_eval.throughput import Settings, earlier, measure_arm, run_throughput
+from kvarn_eval.throughput import VARIABLES, Settings, earlier, measure_arm, run_throughput
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -178,7 +178,11 @@ def test_the_document_says_how_many_ranks_there_were(
     assert run_throughput(compared, tmp_path, quiet, command=command)[0].model.tensor_parallel == 2
 
 
-def test_relative_folders_and_variables_of_accepted_results_stay() -> None:
+def test_relative_folders_and_variables_of_accepted_results_stay(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    for name in VARIABLES:  # vLLM sets some of them itself
+        monkeypatch.delenv(name, raising=False)
     variables = {"VLLM_NO_USAGE_STATS": "1", "VLLM_USE_FLASHINFER_SAMPLER": "0"}
     folder = "packages/kvarn-eval/configs/qwen3-32b"
     options = Settings(folder, environment=variables).describe("fp16").options
