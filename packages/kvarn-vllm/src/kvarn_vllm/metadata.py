@@ -23,7 +23,6 @@ from vllm.v1.attention.backends.utils import split_decodes_and_prefills
 
 from kvarn_vllm.config import Options
 from kvarn_vllm.engine import model_layout, serves_batches
-from kvarn_vllm.layer_checks import check_spec
 from kvarn_vllm.passes import plan, prefix_sum
 from kvarn_vllm.workspace import CONTEXT_TOKENS
 
@@ -149,7 +148,6 @@ class KVarNMetadataBuilder(AttentionMetadataBuilder):  # type: ignore[misc]
         self, kv_cache_spec: Any, layer_names: list[str], vllm_config: Any, device: torch.device
     ) -> None:
         super().__init__(kv_cache_spec, layer_names, vllm_config, device)
-        check_spec(kv_cache_spec)
         self._init_reorder_batch_threshold(1)
         self.layout = kv_cache_spec.layout
         self.columns = self.layout.columns(vllm_config.model_config.max_model_len)
