@@ -146,6 +146,20 @@ def test_a_foreign_document_is_wrong_usage(tmp_path: Path) -> None:
     assert run("report", str(tmp_path / "result.json"))[0] == 2
 
 
+def test_a_folder_is_no_result(tmp_path: Path, make_run: Callable[..., Run]) -> None:
+    folder, result = str(tmp_path), str(tmp_path / "result.json")
+    make_run(Verdict.PASS).save(tmp_path / "result.json")
+    for command in (
+        ("report", folder),
+        ("compare", folder, result),
+        ("compare", result, folder),
+        ("baseline", folder),
+    ):
+        status, _, words = run(*command)
+        assert status == 2
+        assert f"{folder} is n" in words
+
+
 def test_fidelity_writes_its_result(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tiny_model: SmallModel
 ) -> None:

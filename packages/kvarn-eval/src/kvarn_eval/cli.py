@@ -241,7 +241,7 @@ def report(
     for path in (result, *(others or []), *([answers] if answers else [])):
         try:
             runs.append(Run.load(path))
-        except ValueError as error:
+        except (OSError, ValueError) as error:
             fail_usage(f"{path} is not a result of this version: {error}")
     other_model = runs.pop() if answers else None
     run, folder = runs[0], out or result.parent

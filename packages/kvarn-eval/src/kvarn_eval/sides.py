@@ -58,7 +58,7 @@ class Document:
         """Read a result; raises ValueError with the name of the file if it is not one."""
         try:
             return cls(Run.load(path), path)
-        except ValueError as error:
+        except (OSError, ValueError) as error:
             raise ValueError(f"{path} is not a result of this version: {error}") from error
 
     @property

@@ -52,13 +52,13 @@ def load_document(path: Path, suite: str | None) -> Document:
     ValueError
         If the file is neither, or keeps no result of the suite.
     """
-    text = path.read_text(encoding="utf-8")
-    if '"runs"' not in text:
-        return Document.load(path)
     try:
-        kept = Baselines.model_validate_json(text)
-    except ValueError as error:
+        text = path.read_text(encoding="utf-8")
+        kept = Baselines.model_validate_json(text) if '"runs"' in text else None
+    except (OSError, ValueError) as error:
         raise ValueError(f"{path} is neither a result nor a file of baselines: {error}") from error
+    if kept is None:
+        return Document.load(path)
     if suite is None or suite not in kept.runs:
         raise ValueError(
             f"{path} keeps no result of {suite or 'that suite'}, only of {', '.join(kept.runs)}."
