@@ -148,7 +148,6 @@ DEVICE u32 load_shared(u32 a) { return emulated_load<u32>(a); }
 DEVICE uint2 load_shared2(u32 a) { return emulated_load<uint2>(a); }
 DEVICE uint4 load_shared4(u32 a) { return emulated_load<uint4>(a); }
 DEVICE void store_shared(u32 a, u32 v) { emulated_store(a, v); }
-DEVICE void store_shared_half(u32 a, u16 v) { emulated_store(a, v); }
 DEVICE void store_shared2(u32 a, uint2 v) { emulated_store(a, v); }
 DEVICE void store_shared4(u32 a, uint4 v) { emulated_store(a, v); }
 DEVICE float as_float(u32 bits) { return __uint_as_float(bits); }
@@ -234,9 +233,6 @@ DEVICE u32 pack_halves(float low, float high) {
 DEVICE u32 mul_half2(u32 a, u32 b) {
     return emulated_pair(low_half(a) * low_half(b), high_half(a) * high_half(b));
 }
-DEVICE u32 add_half2(u32 a, u32 b) {
-    return emulated_pair(low_half(a) + low_half(b), high_half(a) + high_half(b));
-}
 DEVICE u32 fma_half2(u32 a, u32 b, u32 c) {
     const double low = double(low_half(a)) * low_half(b) + low_half(c);
     const double high = double(high_half(a)) * high_half(b) + high_half(c);
@@ -308,7 +304,6 @@ DEVICE float emulated_flush(float x) { return std::fabs(x) < 1.17549435e-38f ? s
 DEVICE float exp2_approx(float x) { return emulated_flush(std::exp2(emulated_flush(x))); }
 DEVICE float log2_approx(float x) { return std::log2(x); }
 DEVICE float rsqrt_approx(float x) { return 1.0f / std::sqrt(x); }
-DEVICE float rcp_approx(float x) { return 1.0f / x; }
 DEVICE float mul_saturating(float a, float b) {
     const float y = a * b;
     return y > 0 ? std::fmin(y, 1.0f) : 0.0f;

@@ -219,11 +219,12 @@ def test_arguments_that_do_not_fit_are_named(name: str, wrong: torch.Tensor) -> 
         decode(query, layout=SMALL, sm_scale=1.0, **given)
 
 
-def test_a_wrong_query_is_named() -> None:
+@pytest.mark.parametrize("shape", [(1, 3, 64), (4, 64), (1, 4, 32)])
+def test_a_wrong_query_is_named(shape: tuple[int, ...]) -> None:
     paging = _stored(SMALL, [10])
-    message = r"^query has shape \(1, 3, 64\)\. Pass \[B, Hq, 64\] with Hq a multiple of the 2 KV"
+    message = r"^query has shape \(.*\)\. Pass \[B, Hq, 64\] with Hq a multiple of the 2 KV"
     with pytest.raises(ValueError, match=message):
-        _decode(paging, torch.zeros(1, 3, 64), [10])
+        _decode(paging, torch.zeros(shape), [10])
 
 
 def test_longer_lists_of_requests_are_cut() -> None:

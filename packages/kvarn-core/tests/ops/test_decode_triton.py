@@ -214,15 +214,24 @@ def test_tensors_of_another_device_are_refused(kernel_device: torch.device) -> N
         )  # fmt: skip
 
 
-def test_a_workspace_that_is_too_small_is_refused(kernel_device: torch.device) -> None:
+@pytest.mark.parametrize(
+    ("workspace", "message"),
+    [
+        (torch.empty(16, dtype=torch.uint8), "and 16 elements. Pass uint8 and .* or more"),
+        (torch.empty(1 << 20), "^workspace has dtype torch.float32"),
+        (torch.empty(1 << 21, dtype=torch.uint8)[::2], "^workspace has strides"),
+    ],
+)
+def test_a_workspace_that_does_not_fit_is_refused(
+    workspace: torch.Tensor, message: str, kernel_device: torch.device
+) -> None:
     paging = _stored(SMALL, (5,), 1)
     query = _query(paging, 1, torch.float16).to(kernel_device)
     lens = torch.tensor([5], dtype=torch.int32, device=kernel_device)
-    with pytest.raises(ValueError, match=r"workspace has 16 bytes\. Pass \d+ or more\."):
+    with pytest.raises(ValueError, match=message):
         decode(
             query, paging.cache.to(kernel_device), paging.page_table.to(kernel_device), lens,
-            layout=SMALL, sm_scale=1.0, engine="triton",
-            workspace=torch.empty(16, dtype=torch.uint8, device=kernel_device),
+            layout=SMALL, sm_scale=1.0, engine="triton", workspace=workspace.to(kernel_device),
         )  # fmt: skip
 
 

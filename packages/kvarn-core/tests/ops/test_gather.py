@@ -216,6 +216,18 @@ def test_rotated_rows_saturate_in_fp16() -> None:
     assert rotate_rows(torch.full((1, 1, 64), 65504.0).half())[0, 0, 0] == 65504
 
 
+def test_fp32_rows_of_the_debug_preset_saturate_in_fp16() -> None:
+    layout = RecordLayout(next(iter(DEBUG_PRESETS.values())), 64)
+    tokens = 2 * layout.group + 9
+    paging, rows = allocate(layout, [tokens]), torch.full((tokens, 2, 64), 1e5)
+    store_sequence(paging, 0, rows, rows, [tokens])
+    lists = [torch.tensor([x], dtype=torch.int32) for x in (tokens, tokens - 1)]
+    exact = gather(paging.cache, paging.page_table, *lists, layout=layout)[0]
+    assert exact.max() > 65504
+    out = gather(paging.cache, paging.page_table, *lists, layout=layout, dtype=torch.float16)
+    assert_same_bits(out[0], exact.clamp(-65504, 65504).half())
+
+
 LISTS = {"context_lens": torch.zeros(1, dtype=torch.int32), "positions": torch.zeros(1).int()}
 
 
@@ -223,7 +235,9 @@ LISTS = {"context_lens": torch.zeros(1, dtype=torch.int32), "positions": torch.z
     ("change", "message"),
     [
         ({"context_lens": torch.zeros(1, dtype=torch.int64)}, "context_lens has dtype torch.int64"),
-        ({"positions": torch.zeros(2, dtype=torch.int32)}, "positions has dtype .* and 2 rows"),
+        ({"positions": torch.zeros(0, dtype=torch.int32)}, "positions has dtype .* and 0 rows"),
+        ({"cu_seqlens_k": torch.zeros(1, dtype=torch.int32)}, "Pass int32 and 2 rows for 1 req"),
+        ({"page_table": torch.zeros(1, 3, dtype=torch.int32)}, "page_table has 3 columns"),
         ({"page_table": torch.zeros(1, 30)}, "page_table has dtype torch.float32"),
         ({"cache": torch.zeros(4, 2, 100, dtype=torch.uint8)}, "cache has dtype .* Pass uint8"),
         ({"cache": torch.zeros(4, 4, 3840, dtype=torch.uint8)[:, ::2]}, "cache has strides"),

@@ -270,3 +270,25 @@ def test_large_batches_have_the_bits_of_the_reference(
     lens = [n - start for n, start in zip(lengths, starts, strict=True)]
     positions = [max(n - 1, 0) for n in lengths]
     _assert_same(_both(paging, lens, positions, starts, dtype))
+
+
+@pytest.mark.parametrize(
+    "name", ["page_table", "context_lens", "positions", "starts", "cu_seqlens_k"]
+)
+def test_lists_that_kernels_cannot_read_are_refused(name: str, kernel_device: torch.device) -> None:
+    paging = _pages(SMALL, (70, 9), kernel_device)
+    numbers = {
+        "context_lens": [70, 9], "positions": [69, 8], "starts": [0, 0], "cu_seqlens_k": [0, 70, 79]
+    }  # fmt: skip
+    lists = {what: torch.tensor(x).int().to(kernel_device) for what, x in numbers.items()}
+    lists["page_table"] = paging.page_table
+    for wrong, message in (
+        (lists[name].repeat_interleave(2, -1)[..., ::2], "strides .* Pass it contiguous"),
+        (lists[name].to("meta"), "is on meta. Pass it on "),
+    ):
+        with pytest.raises(ValueError, match=f"^{name} (has )?{message}"):
+            gather(
+                paging.cache, **{**lists, name: wrong}, max_context_len=70, layout=SMALL,
+                out=tuple(torch.empty(79, 2, 64, device=kernel_device) for _ in range(2)),
+                engine="triton",
+            )  # fmt: skip

@@ -348,6 +348,24 @@ def test_strides_that_kernels_cannot_read_are_refused(target: Target) -> None:
         seal(key, value, cache, table, where[0].to("meta"), where[1], **common)
 
 
+@pytest.mark.parametrize("wrong", range(3))
+def test_lists_that_kernels_cannot_read_are_refused(target: Target, wrong: int) -> None:
+    paging = allocate(SMALL, [100, 50])
+    key, value = (x.to(target[1]) for x in _rows(10))
+    lists = [paging.page_table, *(torch.tensor(x).int() for x in ([10, 5], [0, 5, 10]))]
+    tensors = [x.to(target[1]) for x in (paging.cache, *lists)]
+    given = tensors[wrong + 1]
+    options: dict[str, Any] = {"layout": SMALL, "engine": target[0], "max_query_len": 5}
+    tensors[wrong + 1] = given.repeat_interleave(2, -1)[..., ::2]
+    for op in (write_sink, seal, append):
+        with pytest.raises(ValueError, match=r"^\w+ has strides .* Pass it contiguous\.$"):
+            op(key, value, *tensors, **options)
+    tensors[wrong + 1] = given.long()
+    for op in (write_sink, seal, append):
+        with pytest.raises(ValueError, match=r"^\w+ has dtype torch.int64 .* Pass int32 "):
+            op(key, value, *tensors, **options)
+
+
 @pytest.mark.emulate
 @pytest.mark.parametrize(
     ("file", "right", "wrong"),

@@ -40,9 +40,6 @@ DEVICE uint4 load_shared4(u32 a) {
 DEVICE void store_shared(u32 a, u32 v) {
     asm volatile("st.shared.u32 [%0], %1;" ::"r"(a), "r"(v) : "memory");
 }
-DEVICE void store_shared_half(u32 a, u16 v) {
-    asm volatile("st.shared.u16 [%0], %1;" ::"r"(a), "h"(v) : "memory");
-}
 DEVICE void store_shared2(u32 a, uint2 v) {
     asm volatile("st.shared.v2.u32 [%0], {%1,%2};" ::"r"(a), "r"(v.x), "r"(v.y) : "memory");
 }
@@ -152,11 +149,6 @@ DEVICE u32 mul_half2(u32 a, u32 b) {
     asm("mul.rn.f16x2 %0, %1, %2;" : "=r"(d) : "r"(a), "r"(b));
     return d;
 }
-DEVICE u32 add_half2(u32 a, u32 b) {
-    u32 d;
-    asm("add.rn.f16x2 %0, %1, %2;" : "=r"(d) : "r"(a), "r"(b));
-    return d;
-}
 DEVICE u32 fma_half2(u32 a, u32 b, u32 c) {
     u32 d;
     asm("fma.rn.f16x2 %0, %1, %2, %3;" : "=r"(d) : "r"(a), "r"(b), "r"(c));
@@ -201,11 +193,6 @@ DEVICE float log2_approx(float x) {
 DEVICE float rsqrt_approx(float x) {
     float y;
     asm("rsqrt.approx.f32 %0, %1;" : "=f"(y) : "f"(x));
-    return y;
-}
-DEVICE float rcp_approx(float x) {
-    float y;
-    asm("rcp.approx.f32 %0, %1;" : "=f"(y) : "f"(x));
     return y;
 }
 DEVICE float mul_saturating(float a, float b) {  // clamped to 0 .. 1, NaN to 0

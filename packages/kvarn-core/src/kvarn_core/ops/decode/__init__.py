@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from kvarn_core import dispatch
+from kvarn_core.ops.checks import check_cache, check_dense, check_requests
 from kvarn_core.ops.decode import reference
 
 if TYPE_CHECKING:
@@ -139,8 +140,11 @@ def prepare(
     _check_for_kernels(query, cache, page_table, seq_lens, out, lse, workspace)
     if workspace is not None:
         needed = workspace_bytes(len(query), query.shape[1], cache.shape[1], layout)
-        if workspace.numel() < needed:
-            raise ValueError(f"workspace has {workspace.numel()} bytes. Pass {needed} or more.")
+        if workspace.dtype != torch.uint8 or workspace.numel() < needed:
+            raise ValueError(
+                f"workspace has dtype {workspace.dtype} and {workspace.numel()} elements. "
+                f"Pass uint8 and {needed} or more."
+            )
     kernels = import_module(f"{__name__}.{chosen}")  # whose packages are needed from here on
     run: Decode = kernels.prepare(
         query, cache, page_table, seq_lens, layout, sm_scale, out, lse, workspace
@@ -157,28 +161,14 @@ def _check(
     out: torch.Tensor,
     lse: torch.Tensor,
 ) -> None:
-    if cache.dim() != 3 or cache.shape[2] != layout.record_bytes or cache.dtype != torch.uint8:
-        raise ValueError(
-            f"cache has dtype {cache.dtype} and shape {tuple(cache.shape)}. "
-            f"Pass uint8 [P, Hkv, {layout.record_bytes}] for {layout.preset.name}."
-        )
-    if query.shape[2] != layout.head_dim or query.shape[1] % cache.shape[1]:
+    check_cache(cache, layout)
+    fits = query.dim() == 3 and query.shape[2] == layout.head_dim
+    if not fits or query.shape[1] % cache.shape[1]:
         raise ValueError(
             f"query has shape {tuple(query.shape)}. Pass [B, Hq, {layout.head_dim}] with Hq a "
             f"multiple of the {cache.shape[1]} KV heads."
         )
-    batch = len(query)
-    for name, values in (("page_table", page_table), ("seq_lens", seq_lens)):
-        if values.dtype != torch.int32 or len(values) < batch:
-            raise ValueError(
-                f"{name} has dtype {values.dtype} and {len(values)} rows. "
-                f"Pass int32 and {batch} rows, one for each request."
-            )
-    if page_table.shape[1] < layout.header_columns:
-        raise ValueError(
-            f"page_table has {page_table.shape[1]} columns. "
-            f"{layout.preset.name} needs {layout.header_columns} for the header alone."
-        )
+    check_requests(len(query), layout, page_table, seq_lens=seq_lens)
     for name, result, shape, dtype in (
         ("out", out, query.shape, query.dtype),
         ("lse", lse, query.shape[:2], torch.float32),
@@ -204,11 +194,9 @@ def _check_for_kernels(
         cache.device, query=query, page_table=page_table, seq_lens=seq_lens, out=out, lse=lse,
         workspace=workspace,
     )  # fmt: skip
+    check_dense(page_table, seq_lens=seq_lens, lse=lse, workspace=workspace)
     for name, tensor, wanted in (
         ("cache", cache, "pages that follow one another"),
-        ("seq_lens", seq_lens, "a contiguous tensor"),
-        ("lse", lse, "a contiguous tensor"),
-        ("page_table", page_table[:1], "contiguous rows"),
         ("query", query[:1], "dense heads"),
         ("out", out[:1], "dense heads"),
     ):

@@ -6,8 +6,9 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from kvarn_core.dispatch import select
+from kvarn_core.dispatch import check_devices, select
 from kvarn_core.layout import HEAD_DIMS
+from kvarn_core.ops.checks import check_cache, check_dense, check_requests
 from kvarn_core.ops.gather import reference
 
 if TYPE_CHECKING:
@@ -81,7 +82,9 @@ def gather(
     ----------
     docs/explanation/paging.md.
     """
-    _check(cache, page_table, layout, context_lens=context_lens, positions=positions, starts=starts)
+    _check_cache(cache, layout)
+    lists = {"positions": positions, "starts": starts, "cu_seqlens_k": cu_seqlens_k}
+    check_requests(len(context_lens), layout, page_table, context_lens=context_lens, **lists)
     if cu_seqlens_k is None:
         cu_seqlens_k = torch.zeros(len(context_lens) + 1, dtype=torch.int32, device=cache.device)
         torch.cumsum(context_lens, 0, dtype=torch.int32, out=cu_seqlens_k[1:])
@@ -94,6 +97,11 @@ def gather(
     if select(cache.device, layout, engine) == "triton":
         from kvarn_core.ops.gather import triton
 
+        check_devices(
+            cache.device, page_table=page_table, context_lens=context_lens, key=key, value=value,
+            **lists,
+        )  # fmt: skip
+        check_dense(page_table, context_lens=context_lens, **lists)
         if max_context_len is None:
             max_context_len = int(context_lens.max()) if len(context_lens) else 0
         triton.gather(
@@ -150,23 +158,15 @@ def rotate_rows(
     if select(x.device, None, engine) == "triton":
         from kvarn_core.ops.gather import triton
 
+        check_devices(x.device, out=out)
         triton.rotate_rows(x, out)
     else:
         reference.rotate_rows(x, out)
     return out
 
 
-def _check(
-    cache: torch.Tensor,
-    page_table: torch.Tensor,
-    layout: RecordLayout,
-    **lists: torch.Tensor | None,
-) -> None:
-    if cache.shape[2:] != (layout.record_bytes,) or cache.dtype != torch.uint8:
-        raise ValueError(
-            f"cache has dtype {cache.dtype} and shape {tuple(cache.shape)}. "
-            f"Pass uint8 [P, Hkv, {layout.record_bytes}] for {layout.preset.name}."
-        )
+def _check_cache(cache: torch.Tensor, layout: RecordLayout) -> None:
+    check_cache(cache, layout)
     page_stride, head_stride, byte_stride = cache.stride()
     together = head_stride == layout.record_bytes or cache.shape[1] == 1
     if byte_stride != 1 or not together or page_stride % 16:
@@ -174,12 +174,6 @@ def _check(
             f"cache has strides {cache.stride()}. Pass records that follow one another and pages "
             "that are a multiple of 16 bytes apart."
         )
-    for name, values in (("page_table", page_table), *lists.items()):
-        if values is not None and (values.dtype != torch.int32 or len(values) != len(page_table)):
-            raise ValueError(
-                f"{name} has dtype {values.dtype} and {len(values)} rows. "
-                f"Pass int32 and {len(page_table)} rows, one for each request."
-            )
 
 
 def _check_out(

@@ -67,11 +67,14 @@ def _gather_request(
 
     ring = torch.arange(split, stop, device=cache.device) % layout.ring_rows
     recent = read_rows(cache, ring_pages(table, layout), ring, layout)
-    key[split - first :], value[split - first :] = recent
+    for out, rows in zip((key, value), recent, strict=True):
+        out[split - first :] = rotation.cast(rows, out.dtype)
     if packed and int(table[SINK_COLUMN]) and first < layout.sink_rows:
         tokens = torch.arange(first, min(layout.sink_rows, stop), device=cache.device)
         page = table[SINK_COLUMN : SINK_COLUMN + 1]
-        key[: len(tokens)], value[: len(tokens)] = read_rows(cache, page, tokens, layout)
+        sinks = read_rows(cache, page, tokens, layout)
+        for out, rows in zip((key, value), sinks, strict=True):
+            out[: len(tokens)] = rotation.cast(rows, out.dtype)
 
 
 def rotate_rows(x: torch.Tensor, out: torch.Tensor) -> None:

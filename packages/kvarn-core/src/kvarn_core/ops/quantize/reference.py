@@ -71,7 +71,7 @@ def decode(
     raw = {name: records[:, f.offset : f.end] for name, f in layout.fields.items()}
     if preset.is_debug:
         tiles = (raw[name].contiguous().view(torch.float32) for name in ("k_codes", "v_codes"))
-        key, value = (tile.view(-1, group, dim).to(dtype) for tile in tiles)
+        key, value = (cast(tile.view(-1, group, dim), dtype) for tile in tiles)
         return key, value
 
     # key [N, G, D] = (code * k_scale[D] + k_zero[D]) * k_token_scale[G]

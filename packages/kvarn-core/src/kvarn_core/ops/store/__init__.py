@@ -11,15 +11,16 @@ from functools import partial
 from importlib import import_module
 from typing import TYPE_CHECKING
 
-import torch
-
 from kvarn_core.dispatch import check_devices, select
+from kvarn_core.ops.checks import check_cache, check_dense, check_requests
 from kvarn_core.ops.store import reference
 from kvarn_core.spec import Recipe
 
 if TYPE_CHECKING:
     from collections.abc import Callable
     from typing import Any
+
+    import torch
 
     from kvarn_core.layout import RecordLayout
 
@@ -236,11 +237,7 @@ def _check(
     cu_seqlens_q: torch.Tensor,
     layout: RecordLayout,
 ) -> None:
-    if cache.dim() != 3 or cache.shape[2] != layout.record_bytes or cache.dtype != torch.uint8:
-        raise ValueError(
-            f"cache has dtype {cache.dtype} and shape {tuple(cache.shape)}. "
-            f"Pass uint8 [P, Hkv, {layout.record_bytes}] for {layout.preset.name}."
-        )
+    check_cache(cache, layout)
     heads = cache.shape[1]
     for name, rows in (("key", key), ("value", value)):
         if rows.shape[1:] != (heads, layout.head_dim):
@@ -249,17 +246,8 @@ def _check(
             )
     if len(key) != len(value):
         raise ValueError(f"key has {len(key)} rows and value {len(value)}. Pass equally many.")
-    batch = len(seq_lens)
-    for name, values, least in (("page_table", page_table, 0), ("cu_seqlens_q", cu_seqlens_q, 1)):
-        if len(values) < batch + least:
-            raise ValueError(
-                f"{name} has {len(values)} rows. Pass {batch + least} for {batch} requests."
-            )
-    if page_table.shape[1] < layout.header_columns:
-        raise ValueError(
-            f"page_table has {page_table.shape[1]} columns. "
-            f"{layout.preset.name} needs {layout.header_columns} for the header alone."
-        )
+    lists = {"seq_lens": seq_lens, "cu_seqlens_q": cu_seqlens_q}
+    check_requests(len(seq_lens), layout, page_table, **lists)
 
 
 def _check_for_kernels(
@@ -272,10 +260,9 @@ def _check_for_kernels(
     max_query_len: int | None,
 ) -> int:
     """Check what kernels rely on; return `max_query_len`, computed if not given."""
-    check_devices(
-        cache.device, key=key, value=value, page_table=page_table, seq_lens=seq_lens,
-        cu_seqlens_q=cu_seqlens_q,
-    )  # fmt: skip
+    lists = {"seq_lens": seq_lens, "cu_seqlens_q": cu_seqlens_q}
+    check_devices(cache.device, key=key, value=value, page_table=page_table, **lists)
+    check_dense(page_table, **lists)
     if cache.data_ptr() % 16:
         raise ValueError(f"cache begins at {cache.data_ptr():#x}. Align it to 16 bytes.")
     if cache.stride()[1:] != (cache.shape[2], 1) or cache.stride(0) % 16:

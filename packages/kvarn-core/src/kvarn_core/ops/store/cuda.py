@@ -45,7 +45,7 @@ def prepare(
     max_query_len: int,
 ) -> Write:
     """See `kvarn_core.ops.store.prepare`."""
-    _check(key, value, page_table, seq_lens, cu_seqlens_q)
+    _check(key, value)
     _addresses(key, value, cache)
     strides = key.stride(0), value.stride(0), cache.stride(0), page_table.stride(0)
     batch, heads = len(seq_lens), cache.shape[1]
@@ -107,20 +107,13 @@ def variants() -> Iterator[nvrtc.Variant]:
                     yield seal_variant(layout, recipe, dtype)
 
 
-def _check(key: torch.Tensor, value: torch.Tensor, *requests: torch.Tensor) -> None:
+def _check(key: torch.Tensor, value: torch.Tensor) -> None:
     """Refuse what the kernels would misread."""
     if key.dtype not in DTYPES or value.dtype != key.dtype:
         raise ValueError(
             f"key and value have dtypes {key.dtype} and {value.dtype}. "
             "Pass both in fp16, in bf16 or in fp32."
         )
-    names = "page_table", "seq_lens", "cu_seqlens_q"
-    for name, tensor in zip(names, requests, strict=True):
-        if tensor.dtype != torch.int32 or tensor.stride(-1) != 1:
-            raise ValueError(
-                f"{name} has dtype {tensor.dtype} and strides {tensor.stride()}. "
-                "Pass int32, contiguous along the last dimension."
-            )
 
 
 def _addresses(key: torch.Tensor, value: torch.Tensor, cache: torch.Tensor) -> tuple[int, int, int]:

@@ -78,7 +78,7 @@ seal(const Element* key, const Element* value, u8* cache, const int* table, cons
     // layout.seal_phase of head 0; head i adds 13 i. 69 * 13 = 1 modulo 64 and 128
     const int phase = 29 * r.table[RING_COLUMN] + 37 * layer + G / 2 * is_value;
     int head = int(blockIdx.y);
-    if (one_new) head = head * G + (69 * (r.first - phase) & (G - 1));
+    if (one_new) head = head * G + int(69 * u32(r.first - phase) & (G - 1));
     const int deadline = r.first + ((phase + 13 * head - r.first) & (G - 1)) + slot * G;
     const int tile = deadline / G - 1;
     if (head >= heads || deadline >= r.length || tile < r.table[HIT_COLUMN]) return;
