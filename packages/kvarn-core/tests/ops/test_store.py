@@ -228,7 +228,7 @@ def test_sealing_twice_changes_nothing_and_leaves_the_ring_alone() -> None:
     key, value = _rows(SMALL, total)
     paging = allocate(SMALL, [total], seed=10)
     store_sequence(paging, 0, key[:100], value[:100], [100])
-    where = (paging.page_table, torch.tensor([total]), torch.tensor([0, total - 100]))
+    where = (paging.page_table, torch.tensor([total]).int(), torch.tensor([0, total - 100]).int())
     new = key[100:], value[100:]
     ring = paging.page_table[0, 2 : SMALL.header_columns].long()
     before = paging.cache[ring].clone()
@@ -243,7 +243,7 @@ def test_appending_token_by_token_needs_no_other_call_for_the_sink() -> None:
     key, value = _rows(SMALL, 40)
     appended, stepped = (allocate(SMALL, [40], seed=18) for _ in range(2))
     for n in range(1, 41):
-        where = (appended.page_table, torch.tensor([n]), torch.tensor([0, 1]))
+        where = (appended.page_table, torch.tensor([n]).int(), torch.tensor([0, 1]).int())
         append(key[n - 1 : n], value[n - 1 : n], appended.cache, *where, layout=SMALL)
     store_sequence(stepped, 0, key, value, [40])
     assert_same_bits(appended.cache, stepped.cache)
@@ -255,7 +255,7 @@ def test_decode_rows_may_be_appended_before_they_seal() -> None:
     early, late = (allocate(SMALL, [total], seed=19) for _ in range(2))
     for n in range(1, total + 1):
         new = key[n - 1 : n], value[n - 1 : n]
-        where = (early.page_table, torch.tensor([n]), torch.tensor([0, 1]))
+        where = (early.page_table, torch.tensor([n]).int(), torch.tensor([0, 1]).int())
         append(*new, early.cache, *where, layout=SMALL)
         seal(*new, early.cache, *where, layout=SMALL)
         store_sequence(late, 0, *new, [1], start=n - 1)
@@ -275,7 +275,7 @@ def test_rows_without_tokens_do_nothing(new: int, length: int) -> None:
     paging.page_table[:] = 10**6  # the table of a padded row is not read
     before = paging.cache.clone()
     key, value = _rows(SMALL, new)
-    where = (paging.page_table, torch.tensor([length]), torch.tensor([0, new]))
+    where = (paging.page_table, torch.tensor([length]).int(), torch.tensor([0, new]).int())
     for op in (write_sink, seal, append):
         op(key, value, paging.cache, *where, layout=SMALL)
         assert_same_bits(paging.cache, before)

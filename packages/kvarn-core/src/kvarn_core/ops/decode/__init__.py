@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from kvarn_core import dispatch
-from kvarn_core.ops.checks import check_cache, check_dense, check_requests
+from kvarn_core.checks import check_cache, check_dense, check_requests
 from kvarn_core.ops.decode import reference
 
 if TYPE_CHECKING:

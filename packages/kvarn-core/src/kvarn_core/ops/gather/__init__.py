@@ -6,9 +6,9 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from kvarn_core.checks import check_cache, check_dense, check_requests
 from kvarn_core.dispatch import check_devices, select
 from kvarn_core.layout import HEAD_DIMS
-from kvarn_core.ops.checks import check_cache, check_dense, check_requests
 from kvarn_core.ops.gather import reference
 
 if TYPE_CHECKING:

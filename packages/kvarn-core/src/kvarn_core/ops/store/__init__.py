@@ -11,8 +11,8 @@ from functools import partial
 from importlib import import_module
 from typing import TYPE_CHECKING
 
+from kvarn_core.checks import check_cache, check_dense, check_requests
 from kvarn_core.dispatch import check_devices, select
-from kvarn_core.ops.checks import check_cache, check_dense, check_requests
 from kvarn_core.ops.store import reference
 from kvarn_core.spec import Recipe
 
