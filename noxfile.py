@@ -191,6 +191,8 @@ def ab(session: nox.Session) -> None:
 @nox.session
 def baseline(session: nox.Session) -> None:
     """Time every operation and compare with what was accepted for this GPU, e.g. `-- h100`."""
+    if not session.posargs:
+        session.error("baseline needs the name of one: nox -s baseline -- h100")
     install_gpu(session)
     accepted = f"packages/kvarn-eval/baselines/{session.posargs[0]}.json"
     bench = "packages/kvarn-core/benchmarks/bench_ops.py"

@@ -110,3 +110,13 @@ def test_a_child_or_a_load_that_fails_is_an_error(
         pytest.raises(RuntimeError, match=message),
     ):
         run_load(server, load(tmp_path, 4, 4), "tokenizer", tmp_path, generator, seconds=5)
+
+
+def test_a_server_that_died_is_one_sentence(server: Server, tmp_path: Path) -> None:
+    server.process.kill()
+    server.process.wait()
+    with (
+        load_generator(tmp_path / "bench.log", FAKE_BENCH) as generator,
+        pytest.raises(RuntimeError, match=r"did not answer /metrics \(ConnectError\)\. Its log"),
+    ):
+        run_load(server, load(tmp_path, 4), "tokenizer", tmp_path, generator)

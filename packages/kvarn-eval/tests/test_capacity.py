@@ -48,5 +48,5 @@ def test_a_server_that_was_not_told_a_size_has_tokens_but_no_density() -> None:
 
 
 def test_a_server_that_does_not_report_its_cache_is_refused() -> None:
-    with pytest.raises(KeyError, match="cache_config_info"):
+    with pytest.raises(RuntimeError, match="no metric vllm:cache_config_info"):
         Pool.from_metrics([])

@@ -49,6 +49,80 @@ def test_wrong_usage_exits_with_2(
     assert run(*arguments)[0] == 2
 
 
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (("solve", "recall", "--prompt-tokens", "5"), "A prompt of 5 tokens gives recall a table"),
+        (("solve", "recall", "--questions", "100000"), "100000 questions cannot be labelled."),
+        (("fidelity", "--device", "foo"), "torch finds no device foo. Use --device cpu, or cuda"),
+        (("examine", "--device", "foo"), "torch finds no device foo. Use --device cpu, or cuda"),
+        (("throughput", "--model", "m", "--engine-args", "[1]"), "--engine-args [1] is not a JSON"),
+        (("throughput", "--model", "m", "--engine-args", "{"), "--engine-args { is not a JSON"),
+    ],
+)
+def test_wrong_values_are_one_sentence(
+    arguments: tuple[str, ...], words: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    status, _, error = run(*arguments)
+    assert status == 2
+    assert error.splitlines()[-1].startswith(words)
+
+
+@pytest.mark.parametrize(
+    ("command", "option"),
+    [
+        (("solve", "recall"), ""),
+        (("examine", "--device", "cpu"), ""),
+        (("fidelity",), "--out"),
+        (("demo",), "--out"),
+        (("run", "sensitivity"), "--out"),
+    ],
+)
+@pytest.mark.parametrize(
+    ("name", "content", "words"),
+    [
+        ("config.json", None, "has no config.json"),
+        ("config.json", b"{", "config.json is damaged: it holds no JSON object"),
+        ("config.json", b'{"vocab_size": 151936}', "another"),
+        ("model.safetensors", b"\x10", "model.safetensors is damaged or incomplete"),
+        ("training.json", b"[]", "training.json "),
+    ],
+)
+def test_a_damaged_model_is_one_sentence(
+    command: tuple[str, ...], option: str, name: str, content: bytes | None, words: str,
+    tmp_path: Path, tiny_model: SmallModel,
+) -> None:  # fmt: skip
+    model = tmp_path / "model"
+    tiny_model.save(model)
+    (model / name).unlink(missing_ok=True)
+    if content is not None:
+        (model / name).write_bytes(content)
+    out = [option, str(tmp_path / "out")] if option else []
+    status, _, error = run(*command, "--model", str(model), *out)
+    assert status == 2
+    assert words in error.splitlines()[-1]
+
+
+def test_a_folder_that_cannot_be_is_one_sentence(
+    tmp_path: Path, make_run: Callable[..., Run]
+) -> None:
+    result, file = tmp_path / "result.json", tmp_path / "file"
+    make_run().save(result)
+    file.write_text("", encoding="utf-8")
+    for command in (
+        ("demo",),
+        ("fidelity",),
+        ("throughput", "--model", "m"),
+        ("run", "smoke"),
+        ("report", str(result)),
+        ("train",),
+    ):
+        status, _, error = run(*command, "--out", str(file))
+        words = f"{file} cannot be a folder (File exists). Name another with --out.\n"
+        assert (status, error) == (2, words)
+
+
 @pytest.mark.parametrize("gpus", [0, 1])
 def test_missing_gpus_exit_with_2(
     gpus: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -120,11 +194,11 @@ def test_a_baseline_that_does_not_fit_is_one_sentence(
 
 
 def test_wrong_names_are_refused_with_the_allowed_ones(tmp_path: Path) -> None:
-    (tmp_path / "model.safetensors").write_bytes(b"")
-    status, _, error = run("demo", "--model", str(tmp_path), "--kv-cache-dtype", "kvarn_k3v3")
-    assert status == 2
-    assert "kvarn_k4v2_g128" in error
-    status, _, error = run("fidelity", "--model", str(tmp_path), "--profile", "huge")
+    for command in (("demo",), ("throughput", "--model", "m")):
+        status, _, error = run(*command, "--out", str(tmp_path), "--kv-cache-dtype", "kvarn_k3v3")
+        assert status == 2
+        assert "kvarn_k4v2_g128" in error
+    status, _, error = run("fidelity", "--out", str(tmp_path), "--profile", "huge")
     assert status == 2
     assert "plain, large, tiny" in " ".join(error.split())
 

@@ -113,3 +113,10 @@ def test_a_baseline_may_be_refused(tmp_path: Path) -> None:
     assert status == 2
     assert "Commit first" in error
     assert not (tmp_path / "h100.json").exists()
+
+
+def test_a_folder_that_cannot_be_is_one_sentence(tmp_path: Path) -> None:
+    head = write(tmp_path / "head.json", scaled(CASE, OURS, 1.0))
+    status, _, error = run("compare", str(RECORDED), str(head), "--out", str(head))
+    assert status == 2
+    assert error == f"{head} cannot be a folder (File exists). Name another with --out.\n"

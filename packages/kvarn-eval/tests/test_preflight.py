@@ -9,6 +9,7 @@ import torch
 
 from kvarn_eval import preflight
 from kvarn_eval.preflight import Missing
+from kvarn_eval.small_model import SMALL_MODEL
 from kvarn_eval.suite import load_suite
 
 if TYPE_CHECKING:
@@ -38,6 +39,22 @@ def test_missing_weights_are_named(tmp_path: Path) -> None:
     (tmp_path / "1.safetensors").write_bytes(b"x")
     with pytest.raises(Missing, match=r"lacks weights: 2\.safetensors\."):
         preflight.check_model(tmp_path, "auto")
+
+
+def test_damaged_weights_are_named(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text("{}", encoding="utf-8")
+    whole = (SMALL_MODEL / "model.safetensors").read_bytes()
+    for damaged in (b"", b"x", b"version https://git-lfs.github.com/spec/v1", whole[:-1]):
+        (tmp_path / "1.safetensors").write_bytes(damaged)
+        with pytest.raises(Missing, match=r"1\.safetensors is damaged or incomplete .* Fetch it"):
+            preflight.check_model(tmp_path, "auto")
+
+
+@pytest.mark.parametrize("device", ["foo", "cuda:99", "meta"])
+def test_a_device_that_torch_cannot_use_is_named(device: str) -> None:
+    preflight.check_device("cpu")
+    with pytest.raises(Missing, match=f"torch finds no device {device}"):
+        preflight.check_device(device)
 
 
 def test_random_weights_are_not_asked_questions() -> None:

@@ -67,6 +67,7 @@ def test_small_model_suite_serves_every_preset() -> None:
         ('reference = "bf16"', "no arm bf16"),
         ("gpus = -1", "greater than or equal"),
         ('profiles = ["large"]', "small model"),
+        ('tested = "fp16"', "the tested arm, fp16, is not served with KVarN"),
         ("[[", "not a suite"),
     ],
 )
@@ -88,12 +89,24 @@ def test_a_mistake_in_a_suite_is_named(change: str, message: str, tmp_path: Path
             "requests = 1",
             "rates belong",
         ),
+        (
+            '[[scenarios]]\nname = "a"\nkind = "burst"\nprompt_tokens = [8]\noutput_tokens = [8]\n'
+            "requests = 1",
+            r"own\.toml is not a suite: Suite own: server has no max-num-seqs\. Set it to a whole",
+        ),
     ],
 )
 def test_a_mistake_in_a_table_is_named(table: str, message: str, tmp_path: Path) -> None:
     file = tmp_path / "own.toml"
     file.write_text(SMALL + table)
     with pytest.raises(ValueError, match=message):
+        load_suite(str(file))
+
+
+def test_servers_have_a_longest_request(tmp_path: Path) -> None:
+    file = tmp_path / "own.toml"
+    file.write_text(SMALL.replace("max-model-len = 512", 'max-model-len = "16k"'))
+    with pytest.raises(ValueError, match=r"has no max-model-len\. Set it to a whole number\.$"):
         load_suite(str(file))
 
 

@@ -14,6 +14,7 @@ from torch import nn
 from typer.testing import CliRunner
 
 from kvarn_eval.cli import app
+from kvarn_eval.preflight import Missing
 from kvarn_eval.small_model import checkpoint, corpus, noise, tokenizer
 from kvarn_eval.small_model import train as training
 from kvarn_eval.small_model.examine import Examination, examine
@@ -155,7 +156,7 @@ def test_the_plan_of_the_published_model_reads_whole_batches() -> None:
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="a CUDA GPU is present")
 def test_training_without_a_gpu_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(RuntimeError, match="Training needs a CUDA GPU"):
+    with pytest.raises(Missing, match="Training needs a CUDA GPU"):
         train(tmp_path)
     SmallModel(TINY).save(tmp_path)
     with pytest.raises(ValueError, match=r"has no training\.json"):
@@ -163,8 +164,8 @@ def test_training_without_a_gpu_is_refused(tmp_path: Path) -> None:
     (tmp_path / "training.json").write_text('{"families": ["recall"]}')
     with pytest.raises(ValueError, match=r"is of an earlier version\. Train the model again"):
         examine(tmp_path, device="cpu")
-    assert CliRunner().invoke(app, ["train", "--out", str(tmp_path)]).exit_code == 1
-    assert CliRunner().invoke(app, ["examine", "--model", str(tmp_path)]).exit_code == 1
+    for command, option in (("train", "--out"), ("examine", "--model")):
+        assert CliRunner().invoke(app, [command, option, str(tmp_path)]).exit_code == 2
 
 
 def test_a_run_cut_short_exits_with_3(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -18,7 +18,6 @@ from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
-import httpx
 import numpy as np
 
 from kvarn_eval.schema import find_gpus
@@ -116,7 +115,7 @@ def arguments(server: Server, load: Load, tokenizer: str, raw: Path) -> list[str
         "--request-rate": load.rate,
         "--seed": load.seed,
         "--temperature": 0,
-        # a warm-up repeats a prompt, which the prefix cache would then hold: see `scenarios.warm`
+        # a warm-up would put its prompt into the prefix cache; `scenarios.run_scenario` warms up
         "--num-warmups": 0,
         "--percentile-metrics": "ttft,tpot,itl,e2el",
         "--metric-percentiles": ",".join(map(str, PERCENTILES)),
@@ -238,7 +237,8 @@ def run_load(
     Raises
     ------
     RuntimeError
-        If the child fails, a request fails, or an answer has another length than was asked for.
+        If the child, a request or the server fails, or an answer has another length than was asked
+        for.
     """
     raw, log = out / f"{load.name}.json", out / f"{load.name}.log"
     raw.unlink(missing_ok=True)
@@ -332,7 +332,7 @@ def _watch(server: Server) -> Iterator[dict[str, float]]:
         while not done.wait(pause):
             try:
                 metrics = server.metrics()
-            except httpx.HTTPError:
+            except RuntimeError:
                 continue  # a busy server answers the next time; its absence shows in the load
             for name, metric in GAUGES.items():
                 peaks[name] = max(peaks[name], total(metrics, metric))

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from kvarn_core import PRESETS, RecordLayout
+from kvarn_eval.server import samples
 
 if TYPE_CHECKING:
     from kvarn_eval.server import Metric
@@ -64,13 +65,10 @@ class Pool:
 
         Raises
         ------
-        KeyError
+        RuntimeError
             If the server does not report its cache.
         """
-        infos = [metric.labels for metric in metrics if metric.name == "vllm:cache_config_info"]
-        if not infos:
-            raise KeyError("The server reports no metric 'vllm:cache_config_info'.")
-        info = infos[0]
+        info = samples(metrics, "vllm:cache_config_info")[0].labels
         size = info["kv_cache_memory_bytes"]
         return cls(
             pages=int(info["num_gpu_blocks"]),

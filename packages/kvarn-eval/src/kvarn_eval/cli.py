@@ -6,20 +6,29 @@ that the measurement needs is missing, 3 the evidence does not decide.
 
 from __future__ import annotations
 
+import json
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
-from pydantic import ValidationError
 from rich.console import Console
 
 from kvarn_eval import cli_compare, cli_model
 from kvarn_eval import report as reports
 from kvarn_eval.cli_run import run
+from kvarn_eval.preflight import check_device, check_small_model
 from kvarn_eval.schema import Run
 from kvarn_eval.small_model import SMALL_MODEL
-from kvarn_eval.terminal import console, fail, fail_usage, finish, progress_bars, stop_on_signals
+from kvarn_eval.terminal import (
+    console,
+    fail_usage,
+    failures,
+    finish,
+    make_folder,
+    progress_bars,
+    stop_on_signals,
+)
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, help=__doc__, rich_markup_mode=None)
 app.command()(run)
@@ -28,11 +37,24 @@ ModelOption = Annotated[Path, typer.Option("--model", help="Folder of the small 
 JsonOption = Annotated[bool, typer.Option("--json", help="Print the result document.")]
 
 
-def _check_model(folder: Path) -> None:
-    if not (folder / "model.safetensors").is_file():
+def _check_preset(name: str) -> None:
+    from kvarn_core import PRESETS
+
+    if name not in PRESETS:
+        fail_usage(f"{name} is not a preset. Choose one of {', '.join(PRESETS)}.")
+
+
+def _engine_args(text: str) -> dict[str, Any]:
+    try:
+        found = json.loads(text)
+    except ValueError:
+        found = None
+    if not isinstance(found, dict):
         fail_usage(
-            f"{folder} has no model.safetensors. Name the small model's folder with --model."
+            f"--engine-args {text} is not a JSON object. Write one, such as "
+            """'{"enforce_eager": true}'."""
         )
+    return found
 
 
 def _load_baseline(path: Path, profiles: tuple[str, ...]) -> Run:
@@ -59,22 +81,18 @@ def demo(
     as_json: JsonOption = False,
 ) -> None:
     """Serve the small model with the default cache and with KVarN, and compare them."""
-    from kvarn_core import PRESETS
     from kvarn_eval.demo import REFERENCE, TESTED, Settings, run_demo
 
-    _check_model(model)
-    if kv_cache_dtype not in PRESETS:
-        fail_usage(f"{kv_cache_dtype} is not a preset. Choose one of {', '.join(PRESETS)}.")
-    out.mkdir(parents=True, exist_ok=True)
+    _check_preset(kv_cache_dtype)
+    make_folder(out)
     stop_on_signals()
     settings = Settings(
         model=model, cache_dtype=kv_cache_dtype, items=items, cache_bytes=cache_mib << 20
     )
-    try:
+    with failures():
+        check_small_model(model)
         with progress_bars() as progress:
             run = run_demo(settings, out, progress)
-    except RuntimeError as error:
-        fail(error)
     if not as_json:
         Console().print(reports.comparison(run, REFERENCE, TESTED))
     finish(run, out, as_json)
@@ -98,29 +116,21 @@ def fidelity(
     as_json: JsonOption = False,
 ) -> None:
     """Measure how far each way to store the cache moves the model's predictions."""
-    import torch
-
     from kvarn_core import PRESETS
     from kvarn_eval.fidelity_gates import PROFILES, Settings, run_fidelity
 
-    _check_model(model)
-    if device.startswith("cuda") and not torch.cuda.is_available():
-        fail_usage("torch sees no CUDA GPU. Use --device cpu.")
-    if preset not in PRESETS:
-        fail_usage(f"{preset} is not a preset. Choose one of {', '.join(PRESETS)}.")
+    _check_preset(preset)
     profiles = tuple(profile or PROFILES)
     if unknown := set(profiles) - set(PROFILES):
         fail_usage(f"Unknown profile {unknown.pop()}. Choose of {', '.join(PROFILES)}.")
-    out.mkdir(parents=True, exist_ok=True)
+    make_folder(out)
     settings = Settings(sequences, problems, length, profiles, PRESETS[preset], device)
     earlier = _load_baseline(baseline, profiles) if baseline else None
-    try:
+    with failures():
+        check_small_model(model)
+        check_device(device)
         with progress_bars() as progress:
             run = run_fidelity(model, settings, progress, earlier)
-    except ValidationError as error:
-        fail(error)
-    except ValueError as error:
-        fail_usage(str(error))
     finish(run, out, as_json)
 
 
@@ -162,13 +172,12 @@ def throughput(
     as_json: JsonOption = False,
 ) -> None:
     """Speed and capacity of a model with several caches, one engine after the other."""
-    import json
-
     import torch
 
     from kvarn_eval.demo import CPU_ENVIRONMENT
     from kvarn_eval.throughput import Settings, run_throughput
 
+    _check_preset(kv_cache_dtype)
     engine = {
         "max_model_len": max_model_len,
         "max_num_seqs": max_num_seqs,
@@ -181,9 +190,10 @@ def throughput(
         engine["gpu_memory_utilization"] = gpu_memory_utilization
     else:
         engine["kv_cache_memory_bytes"] = cache_mib << 20
-    out.mkdir(parents=True, exist_ok=True)
+    engine |= _engine_args(engine_args)
+    make_folder(out)
     stop_on_signals()
-    try:
+    with failures():
         settings = Settings(
             model=model,
             arms=tuple(arms.split(",")),
@@ -195,17 +205,13 @@ def throughput(
             capacity_tokens=prompt_tokens if capacity_tokens is None else capacity_tokens,
             decode_seconds=decode_seconds,
             bursts=tuple(burst or ()),
-            engine={**engine, **json.loads(engine_args)},
+            engine=engine,
             turboquant_flash_attention=turboquant_flash_attention,
             environment={} if torch.cuda.is_available() else CPU_ENVIRONMENT,
             arm_seconds=arm_seconds,
         )
         with progress_bars() as progress:
             run, errors = run_throughput(settings, out, progress, reuse=reuse)
-    except (RuntimeError, ValidationError) as error:
-        fail(error)
-    except ValueError as error:
-        fail_usage(str(error))
     for problem in errors:
         console.print(problem, style="red", markup=False, soft_wrap=True)
     if figures:
@@ -245,11 +251,9 @@ def report(
             fail_usage(f"{path} is not a result of this version: {error}")
     other_model = runs.pop() if answers else None
     run, folder = runs[0], out or result.parent
-    folder.mkdir(parents=True, exist_ok=True)
-    try:
+    make_folder(folder)
+    with failures():
         files = reports.render(run, folder, runs[1:], other_model, profile)
-    except ValueError as error:
-        fail_usage(str(error))
     if as_json:
         sys.stdout.write(run.model_dump_json(indent=1) + "\n")
     console.print(

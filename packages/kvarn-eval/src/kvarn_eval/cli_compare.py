@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import Annotated, NoReturn
+from typing import Annotated
 
 import typer
 from rich.console import Console
@@ -12,7 +12,7 @@ from rich.console import Console
 from kvarn_eval import compare_report, stored
 from kvarn_eval.compare import compare as judge
 from kvarn_eval.sides import Document, pool
-from kvarn_eval.terminal import console
+from kvarn_eval.terminal import console, fail_usage, make_folder
 
 BaseOption = Annotated[
     list[Path] | None, typer.Option("--base", exists=True, help="Another run of the base.")
@@ -47,9 +47,9 @@ def compare(
         before = [stored.load_document(path, suite) for path in (base, *(more_base or []))]
         found = judge(pool(before), pool(after), None if margin is None else margin / 100)
     except ValueError as error:
-        _refuse(error)
+        fail_usage(str(error))
     if out is not None:
-        out.mkdir(parents=True, exist_ok=True)
+        make_folder(out)
         found.save(out / "comparison.json")
         text = compare_report.markdown(found)
         (out / "comparison.md").write_text(text, encoding="utf-8")
@@ -73,14 +73,9 @@ def baseline(
         document = Document.load(result)
         path, old = stored.accept(document, folder)
     except ValueError as error:
-        _refuse(error)
+        fail_usage(str(error))
     if as_json:
         sys.stdout.write(document.run.model_dump_json(indent=1) + "\n")
     else:
         Console().print(compare_report.old_and_new(old, document.run))
     console.print(f"Written: {path}", markup=False, soft_wrap=True)
-
-
-def _refuse(error: ValueError) -> NoReturn:
-    console.print(str(error), style="red", markup=False, soft_wrap=True)
-    raise typer.Exit(2) from error

@@ -11,8 +11,9 @@ from typing import Annotated, Any, NoReturn
 
 import typer
 
+from kvarn_eval.preflight import check_small_model
 from kvarn_eval.small_model import SMALL_MODEL
-from kvarn_eval.terminal import console, fail, fail_usage, progress_bars
+from kvarn_eval.terminal import console, fail_usage, failures, make_folder, progress_bars
 
 UNFINISHED = 3  # exit status of a training run that was cut short
 
@@ -39,7 +40,9 @@ def solve(
     items: Annotated[int, typer.Option(min=1, help="Held-out problems.")] = 96,
     prompt_tokens: Annotated[int, typer.Option(help="Tokens per prompt.")] = 1536,
     questions: Annotated[int, typer.Option(help="Queries or steps per problem.")] = 32,
-    rewrites: Annotated[float, typer.Option(help="Share of rows that rewrite a name.")] = 0.9,
+    rewrites: Annotated[
+        float, typer.Option(min=0, max=1, help="Share of rows that rewrite a name.")
+    ] = 0.9,
     as_json: Annotated[bool, typer.Option("--json", help="Print the counts as JSON.")] = False,
 ) -> None:
     """Solve held-out problems with an exact cache, without a server; print the accuracy."""
@@ -47,12 +50,12 @@ def solve(
     from kvarn_eval.small_model.model import SmallModel
     from kvarn_eval.small_model.tasks import make_item, trained
 
-    if not (model / "model.safetensors").is_file():
-        fail_usage(f"{model} has no model.safetensors. Name the small model's folder with --model.")
-    if family not in (known := trained(model)):
-        fail_usage(f"The model has not learnt {family}. Choose one of {', '.join(known)}.")
-    weights, right = SmallModel.load(model), 0
-    with progress_bars() as progress:
+    with failures():
+        check_small_model(model)
+        if family not in (known := trained(model)):
+            fail_usage(f"The model has not learnt {family}. Choose one of {', '.join(known)}.")
+        weights, right = SmallModel.load(model), 0
+    with failures(), progress_bars() as progress:
         for seed in range(items):
             item = make_item(
                 family,
@@ -95,7 +98,8 @@ def train(
         plan = dataclasses.replace(plan, key_noise=key_noise)
     if value_noise is not None:
         plan = dataclasses.replace(plan, value_noise=value_noise)
-    try:
+    make_folder(out)
+    with failures():
         log = train_small_model(
             out,
             seed=seed,
@@ -104,10 +108,6 @@ def train(
             resume=resume,
             examination=Examination() if examine else None,
         )
-    except ValueError as error:
-        fail_usage(str(error))
-    except RuntimeError as error:
-        fail(error)
     _end(out, log, as_json)
 
 
@@ -122,10 +122,7 @@ def examine(
     from kvarn_eval.small_model.examine import examine as examine_model
 
     logging.basicConfig(level=logging.INFO, format="%(message)s")
-    try:
+    with failures():
+        check_small_model(model)
         log = examine_model(model, device=device)
-    except ValueError as error:
-        fail_usage(str(error))
-    except RuntimeError as error:
-        fail(error)
     _end(model, log, as_json)

@@ -7,10 +7,17 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from pydantic import ValidationError
 
 from kvarn_eval.small_model import SMALL_MODEL
-from kvarn_eval.terminal import console, fail, fail_usage, finish, progress_bars, stop_on_signals
+from kvarn_eval.terminal import (
+    console,
+    fail_usage,
+    failures,
+    finish,
+    make_folder,
+    progress_bars,
+    stop_on_signals,
+)
 
 
 def run(
@@ -49,7 +56,6 @@ def run(
         DUMMY,
         PARTS,
         THROUGHPUT,
-        Missing,
         check_model,
         weights_sha256,
     )
@@ -59,14 +65,12 @@ def run(
     from kvarn_eval.suite_arm import Setup
     from kvarn_eval.suite_run import check_all, run_suite
 
-    try:
+    with failures():
         loaded = load_suite(suite)
         if arms is not None:
             loaded = loaded.only(arms.split(","))
         if scenario:
             loaded = loaded.sending(scenario)
-    except ValueError as error:
-        fail_usage(str(error))
     if items is not None:
         loaded = loaded.model_copy(update={"emulated_items": items})
     if model is None and not loaded.small_model:
@@ -74,7 +78,8 @@ def run(
     checkpoint = model or SMALL_MODEL
     if loaded.small_model:
         names = {task.name for task in loaded.tasks}
-        loaded = loaded.solving(trained(checkpoint))
+        with failures():
+            loaded = loaded.solving(trained(checkpoint))
         if left_out := names - {task.name for task in loaded.tasks}:
             console.print(
                 f"Left out: {', '.join(sorted(left_out))}. {checkpoint} has not learnt them.",
@@ -82,7 +87,7 @@ def run(
                 soft_wrap=True,
             )
     folder = out or Path(f"{loaded.name}-results")
-    folder.mkdir(parents=True, exist_ok=True)
+    make_folder(folder)
     chosen = PARTS if parts is None else tuple(parts.split(","))
     setup = Setup(
         suite=loaded.measuring(chosen),
@@ -100,18 +105,13 @@ def run(
             "out of --parts."
         )
     stop_on_signals()
-    try:
-        with progress_bars() as progress:
-            check_all(setup, progress)
-            if load_format == DUMMY:
-                ids = vocabulary(check_model(checkpoint, load_format))
-                complete = complete_tokenizer(setup.tokenizer, ids, folder / "tokenizer")
-                setup = replace(setup, tokenizer=complete)
-            else:
-                setup = replace(setup, weights_sha256=weights_sha256(checkpoint))
-            result = run_suite(setup, progress, reuse=reuse)
-    except (RuntimeError, ValidationError) as error:
-        fail(error, folder / "result.json")
-    except (Missing, ValueError) as error:
-        fail_usage(str(error))
+    with failures(folder / "result.json"), progress_bars() as progress:
+        check_all(setup, progress)
+        if load_format == DUMMY:
+            ids = vocabulary(check_model(checkpoint, load_format))
+            complete = complete_tokenizer(setup.tokenizer, ids, folder / "tokenizer")
+            setup = replace(setup, tokenizer=complete)
+        else:
+            setup = replace(setup, weights_sha256=weights_sha256(checkpoint))
+        result = run_suite(setup, progress, reuse=reuse)
     finish(result, folder, as_json)

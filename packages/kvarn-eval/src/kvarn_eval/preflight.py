@@ -1,4 +1,4 @@
-"""What a suite needs before its first server starts; each lack is one sentence.
+"""What a measurement needs before it begins; each lack is one sentence.
 
 A run of hours must not end for want of a file, and nothing that is missing is left out of a run.
 """
@@ -8,6 +8,8 @@ from __future__ import annotations
 import hashlib
 import json
 from typing import TYPE_CHECKING, Any
+
+from safetensors import SafetensorError, safe_open
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -89,18 +91,77 @@ def check_model(folder: Path, load_format: str) -> dict[str, Any]:
     if load_format != DUMMY:
         index = folder / "model.safetensors.index.json"
         if index.is_file():
-            named = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
-            lacking = sorted(name for name in named if not (folder / name).is_file())
+            named = sorted(set(read_object(index)["weight_map"].values()))
         else:
-            lacking = [] if any(folder.glob("*.safetensors")) else ["*.safetensors"]
+            named = [file.name for file in folder.glob("*.safetensors")] or ["*.safetensors"]
+        lacking = [name for name in named if not (folder / name).is_file()]
         if lacking:
             raise Missing(
                 f"{folder} lacks weights: {', '.join(lacking[:3])}"
                 f"{' and more' if len(lacking) > 3 else ''}. Complete the checkpoint, or measure "
                 "speed alone with --load-format dummy --parts capacity,throughput."
             )
-    content: dict[str, Any] = json.loads(config.read_text(encoding="utf-8"))
+        for name in named:
+            _check_weights(folder / name)
+    return read_object(config)
+
+
+def _check_weights(file: Path) -> None:
+    """Read the header, which says how long a file of weights is."""
+    try:
+        with safe_open(file, framework="pt"):
+            pass
+    except SafetensorError as error:
+        raise Missing(f"{file} is damaged or incomplete ({error}). Fetch it again.") from error
+
+
+def read_object(file: Path) -> dict[str, Any]:
+    """The content of a JSON file that holds an object.
+
+    Raises
+    ------
+    Missing
+        If it holds anything else.
+    """
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError:
+        content = None
+    if not isinstance(content, dict):
+        raise Missing(f"{file} is damaged: it holds no JSON object. Fetch it again.")
     return content
+
+
+def check_small_model(folder: Path) -> None:
+    """Refuse folders of other checkpoints, and what is no checkpoint.
+
+    Raises
+    ------
+    Missing
+    """
+    from kvarn_eval.small_model.model import ModelConfig
+
+    config = check_model(folder, load_format="auto")
+    fits = config.get("vocab_size") == ModelConfig().vocab_size
+    if not fits or not (folder / "model.safetensors").is_file():
+        raise Missing(f"{folder} holds another model. Name the small model's folder with --model.")
+
+
+def check_device(device: str) -> None:
+    """Refuse devices that torch cannot use on this machine.
+
+    Raises
+    ------
+    Missing
+    """
+    import torch
+
+    try:
+        torch.zeros(1, device=device).item()
+    except (RuntimeError, AssertionError) as error:  # the latter where torch was built without CUDA
+        raise Missing(
+            f"torch finds no device {device}. Use --device cpu, or cuda where there is a GPU."
+        ) from error
 
 
 def check_tokenizer(folder: Path) -> None:

@@ -98,8 +98,20 @@ class Metric:
 
 
 def read_metrics(url: str) -> list[Metric]:
-    """Current values of the Prometheus metrics of the server at `url`."""
-    return parse_metrics(httpx.get(url + "/metrics", timeout=30).text)
+    """Current values of the Prometheus metrics of the server at `url`.
+
+    Raises
+    ------
+    RuntimeError
+        If it does not answer.
+    """
+    try:
+        return parse_metrics(httpx.get(url + "/metrics", timeout=30).text)
+    except httpx.HTTPError as error:
+        raise RuntimeError(
+            f"The server at {url} did not answer /metrics ({type(error).__name__}). Its log says "
+            "how it ended."
+        ) from error
 
 
 def parse_metrics(text: str) -> list[Metric]:
@@ -114,12 +126,19 @@ def parse_metrics(text: str) -> list[Metric]:
     return found
 
 
+def samples(metrics: list[Metric], name: str) -> list[Metric]:
+    """All samples called `name`; raises RuntimeError if there is none."""
+    found = [metric for metric in metrics if metric.name == name]
+    if not found:
+        raise RuntimeError(
+            f"The server reports no metric {name}. Start it without --disable-log-stats."
+        )
+    return found
+
+
 def total(metrics: list[Metric], name: str) -> float:
-    """Sum of all samples called `name`; raises KeyError if there is none."""
-    values = [metric.value for metric in metrics if metric.name == name]
-    if not values:
-        raise KeyError(f"The server reports no metric {name!r}.")
-    return sum(values)
+    """Sum of all samples called `name`; raises RuntimeError if there is none."""
+    return sum(metric.value for metric in samples(metrics, name))
 
 
 def free_port() -> int:

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import Field, ValidationError, model_validator
 
+from kvarn_core import PRESETS
 from kvarn_eval.preflight import ACCURACY, CAPACITY, FIDELITY, THROUGHPUT
 from kvarn_eval.schema import Strict
 
@@ -205,6 +206,19 @@ class Suite(Strict):
             raise ValueError(f"Suite {self.name} has two arms called {min(both)}.")
         if self.arms and next(iter(self.arms)) != self.reference:
             raise ValueError(f"Suite {self.name}: the reference, {self.reference}, comes first.")
+        tested = self.arms.get(self.tested)
+        if self.arms and (tested is None or tested.kv_cache_dtype not in PRESETS):
+            raise ValueError(
+                f"Suite {self.name}: the tested arm, {self.tested}, is not served with KVarN. Set "
+                f"its kv_cache_dtype to one of {', '.join(PRESETS)}."
+            )
+        needed = ["max-model-len"] if self.arms else []
+        needed += ["max-num-seqs"] if self.arms and self.scenarios else []
+        for option in needed:
+            if not isinstance(self.server.get(option), int):
+                raise ValueError(
+                    f"Suite {self.name}: server has no {option}. Set it to a whole number."
+                )
         if (self.profiles != ("plain",) or self.emulated) and not self.small_model:
             raise ValueError(
                 f"Suite {self.name}: outlier profiles and emulated arms are for the small model."
@@ -333,5 +347,10 @@ def load_suite(name: str) -> Suite:
         return Suite.model_validate(
             {"name": file.stem, "sha256": hashlib.sha256(text).hexdigest(), **content}
         )
-    except (tomllib.TOMLDecodeError, ValidationError) as error:
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = "".join(f"{place}: " for place in first["loc"])
+        what = first["msg"].removeprefix("Value error, ")
+        raise ValueError(f"{file} is not a suite: {where}{what}") from error
+    except ValueError as error:
         raise ValueError(f"{file} is not a suite: {error}") from error

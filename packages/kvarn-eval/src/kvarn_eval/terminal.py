@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, NoReturn
 
 import typer
+from pydantic import ValidationError
 from rich.console import Console
 from rich.progress import (
     BarColumn,
@@ -19,6 +20,7 @@ from rich.progress import (
 )
 
 from kvarn_eval import report as reports
+from kvarn_eval.preflight import Missing
 from kvarn_eval.schema import Run
 
 if TYPE_CHECKING:
@@ -69,6 +71,31 @@ def fail_usage(message: str) -> NoReturn:
     """Print what is wrong with a command, or what it lacks; exit status 2."""
     console.print(message, style="red", markup=False, soft_wrap=True)
     raise typer.Exit(2)
+
+
+def make_folder(folder: Path) -> None:
+    """Create the folder of results, if it is missing; exit status 2 if there can be none."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        fail_usage(f"{folder} cannot be a folder ({error.strerror}). Name another with --out.")
+
+
+@contextmanager
+def failures(result: Path | None = None) -> Iterator[None]:
+    """Say in place of a traceback why a measurement failed, or why it cannot begin.
+
+    Exit status 1 for what went wrong meanwhile, with `result` as in `fail`; 2 for what is missing
+    or wrong in what was asked.
+    """
+    try:
+        yield
+    except typer.Exit:  # a RuntimeError
+        raise
+    except (RuntimeError, ValidationError) as error:
+        fail(error, result)
+    except (Missing, ValueError) as error:
+        fail_usage(str(error))
 
 
 def fail(error: Exception, result: Path | None = None) -> NoReturn:

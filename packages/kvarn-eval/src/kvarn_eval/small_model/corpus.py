@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from kvarn_eval.preflight import Missing
 from kvarn_eval.small_model.tokenizer import EOS, UNK, encode
 
 if TYPE_CHECKING:
@@ -73,7 +74,7 @@ def training_ids() -> NDArray[np.uint8]:
 
     Raises
     ------
-    RuntimeError
+    preflight.Missing
         If torch or the standard library is installed without sources.
     """
     modules = _standard_modules()
@@ -82,9 +83,7 @@ def training_ids() -> NDArray[np.uint8]:
     origin = torch.origin if torch else None
     library = list(_files(Path(origin).parent)) if origin else []
     if not standard or not library:
-        raise RuntimeError(
-            "The sources of Python or torch are missing. Install both as ordinary files."
-        )
+        raise Missing("The sources of Python or torch are missing. Install both as ordinary files.")
     texts = (_encode(file.read_bytes()) for file in (*standard, *library))
     return np.concatenate([np.array([*ids, EOS], dtype=np.uint8) for ids in texts if ids])
 

@@ -16,6 +16,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
+from kvarn_eval.preflight import check_device, read_object
 from kvarn_eval.small_model import card, corpus, tasks
 from kvarn_eval.small_model.evaluate import exact_match
 from kvarn_eval.small_model.model import SmallModel
@@ -112,16 +113,15 @@ def examine(
     ValueError
         If `training.json` is missing or of an earlier version, or Python has too little held-out
         text.
-    RuntimeError
-        If `device` is missing.
+    preflight.Missing
+        If `device` is, or `training.json` holds something else.
     """
     settings = settings or Examination()
-    if device.startswith("cuda") and not torch.cuda.is_available():
-        raise RuntimeError("torch sees no CUDA GPU. Use --device cpu.")
+    check_device(device)
     file = folder / "training.json"
     if not file.is_file():
         raise ValueError(f"{folder} has no training.json. Name the folder of a trained model.")
-    log: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+    log = read_object(file)
     if "noise" not in log:
         raise ValueError(f"{file} is of an earlier version. Train the model again.")
     unseen = corpus.held_out_texts(settings.texts, settings.text_tokens)

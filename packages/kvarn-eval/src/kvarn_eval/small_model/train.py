@@ -25,6 +25,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from kvarn_eval.preflight import Missing
 from kvarn_eval.schema import git_state
 from kvarn_eval.small_model import checkpoint, corpus, noise
 from kvarn_eval.small_model.examine import Examination, examine
@@ -329,7 +330,7 @@ def train(
 
     Raises
     ------
-    RuntimeError
+    preflight.Missing
         If `device` or the training text is missing.
     ValueError
         If the checkpoint is missing or that of another run, or Python has too little held-out text.
@@ -337,7 +338,7 @@ def train(
     began = time.monotonic()
     plan, config = plan or Plan(), config or ModelConfig()
     if device.startswith("cuda") and not torch.cuda.is_available():
-        raise RuntimeError(
+        raise Missing(
             "Training needs a CUDA GPU and torch sees none. Run it on a machine with one."
         )
     text = corpus.training_ids() if text is None else text

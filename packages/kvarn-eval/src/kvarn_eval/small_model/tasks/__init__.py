@@ -68,7 +68,10 @@ def trained(folder: Path) -> tuple[str, ...]:
     log = folder / "training.json"
     if not log.is_file():
         return FAMILIES
-    names: list[str] = json.loads(log.read_text(encoding="utf-8"))["families"]
+    try:
+        names: list[str] = json.loads(log.read_text(encoding="utf-8"))["families"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{log} names no task families. Train the model again.") from error
     return tuple(family(name).name for name in names)
 
 
