@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import subprocess
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -159,3 +160,29 @@ def test_a_copy_may_be_told_its_commit(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("KVARN_COMMIT", "abc")
     header = describe_run("demo", "0", Model(name="m", weights_sha256=None, dtype="float16"))
     assert header["git"] == schema.Git(sha="abc", dirty=None)
+
+
+def test_a_copy_of_the_sources_is_not_of_the_repository_around_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def git(*words: str) -> None:
+        who = ("-c", "user.name=n", "-c", "user.email=e@x", "-c", "commit.gpgsign=false")
+        subprocess.run(("git", "-C", str(tmp_path), *who, *words), check=True)
+
+    copy = tmp_path / ".venv" / "schema.py"
+    copy.parent.mkdir()
+    copy.write_text("old", encoding="utf-8")
+    monkeypatch.setattr(schema, "__file__", str(copy))
+    monkeypatch.delenv("KVARN_COMMIT", raising=False)
+    assert schema.git_state() == schema.Git(sha=None, dirty=None)
+    git("init", "--quiet")
+    git("commit", "--quiet", "--allow-empty", "-m", "another project")
+    assert schema.git_state() == schema.Git(sha=None, dirty=None)
+
+    git("add", ".venv/schema.py")
+    git("commit", "--quiet", "-m", "its own")
+    clean = schema.git_state()
+    assert clean.sha is not None
+    assert clean.dirty is False
+    copy.write_text("new", encoding="utf-8")
+    assert schema.git_state() == schema.Git(sha=clean.sha, dirty=True)

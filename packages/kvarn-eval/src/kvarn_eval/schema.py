@@ -104,7 +104,7 @@ class Environment(Strict):
 
 
 class Git(Strict):
-    """State of the checkout, or ``KVARN_COMMIT``: what a copy elsewhere says it is, unchecked."""
+    """State of the checkout; of a copy elsewhere what ``KVARN_COMMIT`` says, unchecked, or None."""
 
     sha: str | None
     dirty: bool | None
@@ -332,12 +332,14 @@ def _output(*command: str) -> str | None:
 
 
 def git_state() -> Git:
-    """Commit of the sources in use, and whether they were changed since."""
+    """Commit of the sources in use, and whether they were changed since; unknown of a copy."""
     if named := os.environ.get("KVARN_COMMIT"):
         return Git(sha=named, dirty=None)
-    here = str(Path(__file__).parent)
-    sha = _output("git", "-C", here, "rev-parse", "HEAD")
-    changes = _output("git", "-C", here, "status", "--porcelain", "--untracked-files=no")
+    git = ("git", "-C", str(Path(__file__).parent))
+    if _output(*git, "ls-files", "--error-unmatch", Path(__file__).name) is None:
+        return Git(sha=None, dirty=None)  # a repository around it says nothing about a copy
+    sha = _output(*git, "rev-parse", "HEAD")
+    changes = _output(*git, "status", "--porcelain", "--untracked-files=no")
     return Git(sha=sha, dirty=bool(changes))
 
 
