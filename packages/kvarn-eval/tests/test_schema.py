@@ -139,6 +139,15 @@ def test_the_worst_required_gate_decides(
     assert run.verdict.exit_code == status
 
 
+@pytest.mark.parametrize(
+    ("found", "expected"),
+    [("pass", "inconclusive"), ("inconclusive", "inconclusive"), ("fail", "fail")],
+)
+def test_a_run_of_which_an_arm_failed_does_not_pass(found: str, expected: str) -> None:
+    gate = make_run().gates[0].model_copy(update={"verdict": Verdict(found)})
+    assert make_run(gates=[gate], failed={"b": "Arm b took too long."}).verdict == expected
+
+
 def test_gpus_are_described_by_the_driver(monkeypatch: pytest.MonkeyPatch) -> None:
     line = "NVIDIA H100 80GB HBM3, 81559, 580.95, 700.00, 1980, [N/A]"
     monkeypatch.setattr(schema, "_output", lambda *command: f"{line}\n{line}")

@@ -176,7 +176,8 @@ class Run(Strict):
     """One evaluation: what ran where, what came out, and the verdict.
 
     `commits` names those of arms that were measured at others than `git`, in earlier runs. `failed`
-    says what ended arms, in `arms` or not, before all that was asked for was measured.
+    says what ended arms, in `arms` or not, before all that was asked for was measured. `texts` has
+    the SHA-256, by profile, of the texts that the reference wrote and divergence was measured on.
     """
 
     schema_version: Literal[1] = 1
@@ -192,6 +193,7 @@ class Run(Strict):
     arms: dict[str, Arm]
     commits: dict[str, list[str]] = {}
     failed: dict[str, str] = {}
+    texts: dict[str, str] = {}
     measurements: list[Measurement]
     gates: list[Gate]
 
@@ -210,8 +212,9 @@ class Run(Strict):
 
     @property
     def verdict(self) -> Verdict:
-        """Worst verdict of the required gates; inconclusive if there are none."""
-        return Verdict.worst(gate.verdict for gate in self.gates if gate.required)
+        """Worst verdict of the required gates; no pass if there are none or an arm failed."""
+        found = [gate.verdict for gate in self.gates if gate.required]
+        return Verdict.worst([*found, Verdict.INCONCLUSIVE] if self.failed else found)
 
     def value(self, arm: str, name: str) -> float:
         """Median of the measurement `name` on `arm`; KeyError if there is none."""
