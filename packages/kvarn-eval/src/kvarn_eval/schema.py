@@ -47,7 +47,6 @@ class Unit(str, Enum):
     TOKENS_PER_GIB = "tokens/GiB"
     TOKENS_PER_SECOND = "tok/s"
     REQUESTS = "requests"
-    BYTES = "bytes"
     SECONDS = "s"
     MICROSECONDS = "us"
     GIGABYTES_PER_SECOND = "GB/s"
