@@ -358,7 +358,7 @@ def installed() -> dict[str, str]:
 
 def _environment() -> Environment:
     return Environment(
-        cpu=_cpu_name(),
+        cpu=cpu_name(),
         cores=len(os.sched_getaffinity(0))
         if hasattr(os, "sched_getaffinity")
         else os.cpu_count() or 1,
@@ -391,7 +391,8 @@ def find_gpus() -> list[Gpu]:
     return found
 
 
-def _cpu_name() -> str:
+def cpu_name() -> str:
+    """Name of the processor."""
     info = Path("/proc/cpuinfo")
     lines = info.read_text(encoding="utf-8").splitlines() if info.exists() else []
     names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
