@@ -83,9 +83,15 @@ def test_an_interrupted_run_is_refused_in_one_sentence(tmp_path: Path) -> None:
 
 
 def test_a_result_without_its_answers_is_undecided(tmp_path: Path) -> None:
+    def of_one_commit(data: dict[str, Any]) -> None:
+        data["commits"] = {}
+
     source = RESULTS / "small-model-cpu" / "result.json"
-    copy = write(tmp_path / "copy.json", source=source)
-    status, _, error = run("compare", str(source), str(copy))
+    sides = [
+        str(write(tmp_path / f"{side}.json", of_one_commit, source=source))
+        for side in ("base", "head")
+    ]
+    status, _, error = run("compare", *sides)
     assert status == 3
     assert "no answers were kept to pair" in error
 

@@ -311,6 +311,42 @@ def test_the_published_recipe_decides_nothing_and_excuses_nothing(
     assert not any(change.required for change in found.changes if change.arm == "paper")
 
 
+def traced(path: Path, texts: dict[str, str], kld: float = 0.001) -> Path:
+    """A result of a suite with a divergence on texts that its reference wrote."""
+    found = [
+        measure("plain.traces.kld_mean", "kvarn", Unit.NATS, kld, better="lower"),
+        measure("plain.kld_mean", "kvarn", Unit.NATS, 0.001, better="lower"),
+    ]
+    model = Model(name="m", weights_sha256=None, dtype="float16")
+    fields = {"seconds": 1.0, "measurements": found, "gates": [], "texts": texts,
+              "arms": {"kvarn": Arm(kv_cache_dtype=OURS)}}  # fmt: skip
+    Run.model_validate({**describe_run("suite", "0" * 64, model), **fields}).save(path)
+    return path
+
+
+@pytest.mark.parametrize(
+    ("base", "head", "verdict"),
+    [
+        ({}, {}, Verdict.FAIL),
+        ({"plain": "a"}, {"plain": "a"}, Verdict.FAIL),
+        ({"plain": "a", "large": "a"}, {"plain": "a", "large": "b"}, Verdict.FAIL),
+        ({"plain": "a"}, {"plain": "b"}, Verdict.INCONCLUSIVE),
+        ({"plain": "a"}, {}, Verdict.INCONCLUSIVE),
+        ({}, {"plain": "a"}, Verdict.INCONCLUSIVE),
+    ],
+)
+def test_divergences_of_different_texts_decide_nothing(
+    base: dict[str, str], head: dict[str, str], verdict: Verdict, tmp_path: Path
+) -> None:
+    found = sides(
+        traced(tmp_path / "base.json", base), traced(tmp_path / "head.json", head, kld=0.002)
+    )
+    assert judged(found, "plain.traces.kld_mean", "kvarn") is verdict
+    assert judged(found, "plain.kld_mean", "kvarn") is Verdict.PASS
+    told = "; the texts are not the same" in headline(found)
+    assert told is (verdict is Verdict.INCONCLUSIVE)
+
+
 def grow_kld(factor: float, arm: str = "kvarn") -> Callable[[dict[str, Any]], None]:
     return scaled("plain.kld_mean", arm, factor, (1.0,))
 

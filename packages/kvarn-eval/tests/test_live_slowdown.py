@@ -12,7 +12,8 @@ from kvarn_eval.compare import compare
 from kvarn_eval.schema import Verdict
 from kvarn_eval.sides import Document, pool
 from kvarn_eval.small_model import SMALL_MODEL
-from kvarn_eval.throughput import CHILD, Settings, run_throughput
+from kvarn_eval.throughput import Settings, run_throughput
+from kvarn_eval.throughput_arm import CHILD
 
 if TYPE_CHECKING:
     from kvarn_eval.compare import Change

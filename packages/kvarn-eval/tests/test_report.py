@@ -61,6 +61,11 @@ def test_the_headline_names_the_gate_that_fails(make_run: MakeRun) -> None:
     assert headline(make_run(Verdict.FAIL)) == ("A required gate fails. kld: mean KLD 0.0123 nats.")
 
 
+def test_the_headline_names_the_arm_that_failed(make_run: MakeRun) -> None:
+    run = make_run().model_copy(update={"failed": {"fp8": "Arm fp8 took too long."}})
+    assert headline(run) == "Not all of fp8 was measured."
+
+
 def test_the_terminal_table_shows_both_arms_and_their_ratio(make_run: MakeRun) -> None:
     console = Console(width=100, record=True, file=open("/dev/null", "w"))  # noqa: PTH123, SIM115
     console.print(comparison(make_run(), "fp16", "kvarn"))

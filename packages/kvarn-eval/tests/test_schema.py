@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import subprocess
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -138,6 +139,15 @@ def test_the_worst_required_gate_decides(
     assert run.verdict.exit_code == status
 
 
+@pytest.mark.parametrize(
+    ("found", "expected"),
+    [("pass", "inconclusive"), ("inconclusive", "inconclusive"), ("fail", "fail")],
+)
+def test_a_run_of_which_an_arm_failed_does_not_pass(found: str, expected: str) -> None:
+    gate = make_run().gates[0].model_copy(update={"verdict": Verdict(found)})
+    assert make_run(gates=[gate], failed={"b": "Arm b took too long."}).verdict == expected
+
+
 def test_gpus_are_described_by_the_driver(monkeypatch: pytest.MonkeyPatch) -> None:
     line = "NVIDIA H100 80GB HBM3, 81559, 580.95, 700.00, 1980, [N/A]"
     monkeypatch.setattr(schema, "_output", lambda *command: f"{line}\n{line}")
@@ -159,3 +169,29 @@ def test_a_copy_may_be_told_its_commit(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("KVARN_COMMIT", "abc")
     header = describe_run("demo", "0", Model(name="m", weights_sha256=None, dtype="float16"))
     assert header["git"] == schema.Git(sha="abc", dirty=None)
+
+
+def test_a_copy_of_the_sources_is_not_of_the_repository_around_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def git(*words: str) -> None:
+        who = ("-c", "user.name=n", "-c", "user.email=e@x", "-c", "commit.gpgsign=false")
+        subprocess.run(("git", "-C", str(tmp_path), *who, *words), check=True)
+
+    copy = tmp_path / ".venv" / "schema.py"
+    copy.parent.mkdir()
+    copy.write_text("old", encoding="utf-8")
+    monkeypatch.setattr(schema, "__file__", str(copy))
+    monkeypatch.delenv("KVARN_COMMIT", raising=False)
+    assert schema.git_state() == schema.Git(sha=None, dirty=None)
+    git("init", "--quiet")
+    git("commit", "--quiet", "--allow-empty", "-m", "another project")
+    assert schema.git_state() == schema.Git(sha=None, dirty=None)
+
+    git("add", ".venv/schema.py")
+    git("commit", "--quiet", "-m", "its own")
+    clean = schema.git_state()
+    assert clean.sha is not None
+    assert clean.dirty is False
+    copy.write_text("new", encoding="utf-8")
+    assert schema.git_state() == schema.Git(sha=clean.sha, dirty=True)

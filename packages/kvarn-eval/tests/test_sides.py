@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from kvarn_eval.compare import compare
+from kvarn_eval.compare_report import markdown
 from kvarn_eval.lm_tasks import Scores
 from kvarn_eval.schema import Arm, Model, Run, Unit, Verdict, describe_run, measure
 from kvarn_eval.sides import Document, Pool, differences, family_of, is_accuracy, is_ours, pool
@@ -22,6 +23,8 @@ from injected import OURS, RECORDED, RESULTS, write, write_answers
 
 if TYPE_CHECKING:
     from collections.abc import Callable
+
+RECORDED_COMMIT = "f74315d0eca3596c1823aa9c43643ce02225a428"
 
 
 def lose_a_case(data: dict[str, Any]) -> None:
@@ -112,6 +115,47 @@ def test_an_interrupted_run_is_no_side(tmp_path: Path) -> None:
         with pytest.raises(ValueError, match=r"part\.json is of an interrupted run \(not measured"):
             pool(documents)
     pool([whole])
+
+
+def failed(data: dict[str, Any]) -> None:
+    data["failed"] = {"fp8": "Arm fp8 took too long."}
+
+
+def test_a_run_of_which_an_arm_failed_is_no_side(tmp_path: Path) -> None:
+    whole = Document.load(write(tmp_path / "whole.json"))
+    part = Document.load(write(tmp_path / "part.json", failed))
+    for documents in ([part], [whole, part]):
+        with pytest.raises(
+            ValueError, match=r"part\.json did not measure all of fp8 \(Arm fp8 took"
+        ):
+            pool(documents)
+
+
+def kept(arm: str, *commits: str) -> Callable[[dict[str, Any]], None]:
+    return lambda data: data.update(commits={arm: list(commits)})
+
+
+@pytest.mark.parametrize("commits", [("1" * 40,), ("unknown",), (RECORDED_COMMIT, "1" * 40)])
+def test_a_side_does_not_keep_our_arm_of_another_commit(
+    commits: tuple[str, ...], tmp_path: Path
+) -> None:
+    mixed = Document.load(write(tmp_path / "mixed.json", kept(OURS, *commits)))
+    with pytest.raises(
+        ValueError, match=f"mixed.json kept {OURS} of another commit .{commits[-1]}"
+    ):
+        pool([mixed])
+
+
+def test_controls_of_other_commits_are_named(tmp_path: Path) -> None:
+    pool([Document.load(write(tmp_path / "own.json", kept(OURS, RECORDED_COMMIT)))])
+    mixed = [
+        Document.load(write(tmp_path / f"{name}.json", kept("flash-fp16", name * 40)))
+        for name in ("2", "1")
+    ]
+    side = pool(mixed)
+    assert side.describe().commits == {"flash-fp16": ["1" * 40, "2" * 40]}
+    report = markdown(compare(pool([Document.load(RECORDED)]), side))
+    assert f"2 runs; flash-fp16 of commit {'1' * 40}, {'2' * 40}\n" in report
 
 
 def commit(data: dict[str, Any]) -> None:

@@ -7,7 +7,6 @@ import pytest
 
 from kvarn_eval.schema import Verdict
 from kvarn_eval.stats import (
-    items_needed,
     mcnemar,
     mean_interval,
     non_inferiority,
@@ -124,13 +123,6 @@ def test_a_gate_passes_a_loss_of_the_margin_once_in_twenty() -> None:
 )
 def test_mcnemar_is_the_exact_binomial(only_reference: int, only_tested: int, p: float) -> None:
     assert mcnemar(only_reference, only_tested) == pytest.approx(p)
-
-
-@pytest.mark.parametrize(
-    ("discordant", "margin", "items"), [(0.02, 0.01, 1236), (0.05, 0.02, 773), (0.1, 0.01, 6180)]
-)
-def test_items_needed(discordant: float, margin: float, items: int) -> None:
-    assert items_needed(discordant, margin) == pytest.approx(items, abs=1)
 
 
 @pytest.mark.parametrize(

@@ -86,9 +86,19 @@ def interrupted(data: dict[str, Any]) -> None:
     data["gates"][0].update(name="complete", verdict="inconclusive")
 
 
+def failed(data: dict[str, Any]) -> None:
+    data["failed"] = {"fp8": "Arm fp8 took too long."}
+
+
+def mixed(data: dict[str, Any]) -> None:
+    data["commits"] = {OURS: ["1" * 40]}
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
+        (failed, "did not measure all of fp8"),
+        (mixed, f"kept {OURS} of another commit"),
         (interrupted, "of an interrupted run"),
         (dirty, "changed or unknown sources"),
         (unknown, "changed or unknown sources"),

@@ -8,9 +8,10 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from kvarn_eval.report import markdown
+from kvarn_eval.report import headline, markdown
 from kvarn_eval.schema import Run, Verdict
-from kvarn_eval.throughput import VARIABLES, Settings, earlier, measure_arm, run_throughput
+from kvarn_eval.throughput import VARIABLES, Settings, run_throughput
+from kvarn_eval.throughput_arm import earlier, measure_arm
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -64,6 +65,8 @@ def test_arms_that_fail_leave_the_others(tmp_path: Path, command: tuple[str, ...
     assert [error.splitlines()[-1] for error in errors] == ["no such kernel"]
     assert run.failed == {"fp8": "Arm fp8 ended with status 1."}
     assert Run.load(tmp_path / "result.json") == run
+    assert run.verdict is Verdict.INCONCLUSIVE
+    assert headline(run) == "Not all of fp8 was measured."
 
 
 def test_an_arm_that_fails_later_keeps_its_figures(
@@ -116,10 +119,49 @@ def test_figures_are_reused_only_if_they_fit(tmp_path: Path, command: tuple[str,
     longer = settings(arms=("fp16",), prompt_tokens=21)
     with pytest.raises(ValueError, match="other settings"):
         run_throughput(longer, tmp_path, quiet, reuse=True, command=command)
-    gpus = [{"name": "another", "memory_mib": 1, "driver": "1"}]
-    raw.write_text(json.dumps({**found, "gpus": gpus}), encoding="utf-8")
-    with pytest.raises(ValueError, match="was made on"):
-        run_throughput(both, tmp_path, quiet, reuse=True, command=command)
+
+
+@pytest.mark.parametrize(
+    ("name", "was", "message"),
+    [
+        ("GPUs", "NVIDIA H200", "with GPUs NVIDIA H200, not none"),
+        ("CPU", "another", "with CPU another, not "),
+        ("torch", "1.0", r"with torch 1\.0, not "),
+        ("VLLM_KV_CACHE_LAYOUT", "HND", "with VLLM_KV_CACHE_LAYOUT HND, not unset"),
+    ],
+)
+def test_figures_of_other_conditions_are_refused(
+    tmp_path: Path, command: tuple[str, ...], name: str, was: str, message: str
+) -> None:
+    one = settings(arms=("fp16",))
+    found = measure_arm(one, "fp16", tmp_path, command)
+    assert earlier(one, "fp16", tmp_path) == found
+    found["conditions"][name] = was
+    raw = tmp_path / "arm-fp16.json"
+    raw.write_text(json.dumps(found), encoding="utf-8")
+    with pytest.raises(ValueError, match=message):
+        earlier(one, "fp16", tmp_path)
+
+
+def test_figures_of_unknown_conditions_are_refused(
+    tmp_path: Path, command: tuple[str, ...]
+) -> None:
+    one = settings(arms=("fp16",))
+    found = measure_arm(one, "fp16", tmp_path, command)
+    found.pop("conditions")
+    (tmp_path / "arm-fp16.json").write_text(json.dumps(found), encoding="utf-8")
+    with pytest.raises(ValueError, match="does not say with which packages it was made"):
+        earlier(one, "fp16", tmp_path)
+
+
+def test_a_variable_that_is_new_is_another_condition(
+    tmp_path: Path, command: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    one = settings(arms=("fp16",))
+    measure_arm(one, "fp16", tmp_path, command)
+    monkeypatch.setenv("VLLM_KV_CACHE_LAYOUT", "HND")
+    with pytest.raises(ValueError, match="with VLLM_KV_CACHE_LAYOUT unset, not HND"):
+        earlier(one, "fp16", tmp_path)
 
 
 def test_the_commit_of_a_reused_arm_is_named(
@@ -132,6 +174,25 @@ def test_the_commit_of_a_reused_arm_is_named(
     both = settings(arms=("fp16", "kvarn"))
     run, _ = run_throughput(both, tmp_path, quiet, reuse=True, command=command)
     assert run.commits == {"fp16": ["earlier"]}
+
+
+@pytest.mark.parametrize(
+    ("changed", "named"),
+    [({"commit": None}, "unknown"), ({"dirty": True}, "now with changes"), ({}, None)],
+)
+def test_a_reused_arm_of_other_sources_is_not_judged_as_this_commit(
+    tmp_path: Path,
+    command: tuple[str, ...],
+    monkeypatch: pytest.MonkeyPatch,
+    changed: dict[str, Any],
+    named: str | None,
+) -> None:
+    monkeypatch.setenv("KVARN_COMMIT", "now")
+    one = settings(arms=("kvarn",))
+    found = measure_arm(one, "kvarn", tmp_path, command)
+    (tmp_path / "arm-kvarn.json").write_text(json.dumps({**found, **changed}), encoding="utf-8")
+    run, _ = run_throughput(one, tmp_path, quiet, reuse=True, command=command)
+    assert run.commits == ({"kvarn": [named]} if named else {})
 
 
 def test_arms_differ_in_their_cache_only() -> None:
@@ -169,6 +230,16 @@ def test_a_result_holds_neither_secrets_nor_folders_of_the_machine(
     assert {"model=X", "tokenizer=words"} <= set(run.arms["fp16"].options)
     text = (tmp_path / "result.json").read_text(encoding="utf-8")
     assert not [secret for secret in ("alice", "hush", "VLLM_API_KEY") if secret in text]
+
+
+def test_equal_work_has_one_hash_wherever_the_folders_lie(
+    tmp_path: Path, command: tuple[str, ...]
+) -> None:
+    hashes = []
+    for folder in ("/home/alice/models/X", "/data/X", "/data/Y"):
+        compared = Settings(folder, arms=("fp16",), capacity_tokens=0)
+        hashes.append(run_throughput(compared, tmp_path, quiet, command=command)[0].suite_sha256)
+    assert hashes[0] == hashes[1] != hashes[2]
 
 
 def test_the_document_says_how_many_ranks_there_were(

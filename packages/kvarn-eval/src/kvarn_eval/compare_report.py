@@ -80,7 +80,8 @@ def _side(side: Side) -> str:
     gpus = ", ".join(gpu.name for gpu in side.environment.gpus) or side.environment.cpu
     dirty = {True: ", with changes", False: "", None: ", unchecked"}[side.git.dirty]
     runs = f"{len(side.runs)} run" + "s" * (len(side.runs) > 1)
-    return f"commit {(side.git.sha or 'unknown')[:12]}{dirty}, {gpus}, {runs}"
+    kept = "".join(f"; {arm} of commit {', '.join(of)}" for arm, of in side.commits.items())
+    return f"commit {(side.git.sha or 'unknown')[:12]}{dirty}, {gpus}, {runs}{kept}"
 
 
 def _cells(change: Change) -> list[str]:

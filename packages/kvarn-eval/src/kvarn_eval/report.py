@@ -79,7 +79,9 @@ def render(
 
 
 def headline(run: Run) -> str:
-    """The verdict in one sentence, with the first gate that decided it."""
+    """The verdict in one sentence, with what decided it: an arm that failed, or the first gate."""
+    if run.failed and run.verdict is Verdict.INCONCLUSIVE:
+        return f"Not all of {' and '.join(run.failed)} was measured."
     deciding = [g for g in run.gates if g.required and g.verdict is run.verdict]
     if run.verdict is Verdict.PASS or not deciding:
         return WORDS[run.verdict]

@@ -47,7 +47,6 @@ class Unit(str, Enum):
     TOKENS_PER_GIB = "tokens/GiB"
     TOKENS_PER_SECOND = "tok/s"
     REQUESTS = "requests"
-    BYTES = "bytes"
     SECONDS = "s"
     MICROSECONDS = "us"
     GIGABYTES_PER_SECOND = "GB/s"
@@ -104,7 +103,7 @@ class Environment(Strict):
 
 
 class Git(Strict):
-    """State of the checkout, or ``KVARN_COMMIT``: what a copy elsewhere says it is, unchecked."""
+    """State of the checkout; of a copy elsewhere what ``KVARN_COMMIT`` says, unchecked, or None."""
 
     sha: str | None
     dirty: bool | None
@@ -176,7 +175,8 @@ class Run(Strict):
     """One evaluation: what ran where, what came out, and the verdict.
 
     `commits` names those of arms that were measured at others than `git`, in earlier runs. `failed`
-    says what ended arms, in `arms` or not, before all that was asked for was measured.
+    says what ended arms, in `arms` or not, before all that was asked for was measured. `texts` has
+    the SHA-256, by profile, of the texts that the reference wrote and divergence was measured on.
     """
 
     schema_version: Literal[1] = 1
@@ -192,6 +192,7 @@ class Run(Strict):
     arms: dict[str, Arm]
     commits: dict[str, list[str]] = {}
     failed: dict[str, str] = {}
+    texts: dict[str, str] = {}
     measurements: list[Measurement]
     gates: list[Gate]
 
@@ -210,8 +211,9 @@ class Run(Strict):
 
     @property
     def verdict(self) -> Verdict:
-        """Worst verdict of the required gates; inconclusive if there are none."""
-        return Verdict.worst(gate.verdict for gate in self.gates if gate.required)
+        """Worst verdict of the required gates; no pass if there are none or an arm failed."""
+        found = [gate.verdict for gate in self.gates if gate.required]
+        return Verdict.worst([*found, Verdict.INCONCLUSIVE] if self.failed else found)
 
     def value(self, arm: str, name: str) -> float:
         """Median of the measurement `name` on `arm`; KeyError if there is none."""
@@ -332,12 +334,14 @@ def _output(*command: str) -> str | None:
 
 
 def git_state() -> Git:
-    """Commit of the sources in use, and whether they were changed since."""
+    """Commit of the sources in use, and whether they were changed since; unknown of a copy."""
     if named := os.environ.get("KVARN_COMMIT"):
         return Git(sha=named, dirty=None)
-    here = str(Path(__file__).parent)
-    sha = _output("git", "-C", here, "rev-parse", "HEAD")
-    changes = _output("git", "-C", here, "status", "--porcelain", "--untracked-files=no")
+    git = ("git", "-C", str(Path(__file__).parent))
+    if _output(*git, "ls-files", "--error-unmatch", Path(__file__).name) is None:
+        return Git(sha=None, dirty=None)  # a repository around it says nothing about a copy
+    sha = _output(*git, "rev-parse", "HEAD")
+    changes = _output(*git, "status", "--porcelain", "--untracked-files=no")
     return Git(sha=sha, dirty=bool(changes))
 
 
@@ -354,7 +358,7 @@ def installed() -> dict[str, str]:
 
 def _environment() -> Environment:
     return Environment(
-        cpu=_cpu_name(),
+        cpu=cpu_name(),
         cores=len(os.sched_getaffinity(0))
         if hasattr(os, "sched_getaffinity")
         else os.cpu_count() or 1,
@@ -387,7 +391,8 @@ def find_gpus() -> list[Gpu]:
     return found
 
 
-def _cpu_name() -> str:
+def cpu_name() -> str:
+    """Name of the processor."""
     info = Path("/proc/cpuinfo")
     lines = info.read_text(encoding="utf-8").splitlines() if info.exists() else []
     names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]

@@ -39,11 +39,12 @@ PAPER = re.compile(r"""["']recipe["']: *["']paper["']""")  # as JSON, or as Pyth
 
 
 class Side(Strict):
-    """Where one side of a comparison comes from."""
+    """Where one side of a comparison comes from; `commits` are those of controls."""
 
     runs: list[str]
     git: Git
     environment: Environment
+    commits: dict[str, list[str]]
 
 
 @dataclass(frozen=True)
@@ -137,9 +138,21 @@ class Pool:
         return [text for d in self.documents[1:] for text in differences(self.first, d.run)]
 
     def describe(self) -> Side:
-        """Runs, commit and environment."""
-        runs = [document.run.run_id for document in self.documents]
-        return Side(runs=runs, git=self.first.git, environment=self.first.environment)
+        """Runs, commit, environment, and controls of other commits."""
+        commits: dict[str, list[str]] = {}
+        for document in self.documents:
+            for arm, of in document.run.commits.items():
+                commits[arm] = sorted({*commits.get(arm, []), *of})
+        return Side(
+            runs=[document.run.run_id for document in self.documents],
+            git=self.first.git,
+            environment=self.first.environment,
+            commits=commits,
+        )
+
+    def texts(self, profile: str) -> set[str | None]:
+        """Hashes of the texts on which its runs measured divergence; None of one that lacks it."""
+        return {document.run.texts.get(profile) for document in self.documents}
 
     def disturbance(self, measurement: Measurement) -> str:
         """Why a speed says nothing, if it was disturbed in one of the runs; else nothing."""
@@ -195,11 +208,12 @@ def pool(documents: Sequence[Document]) -> Pool:
     Raises
     ------
     ValueError
-        If they are not of one side, or a run was interrupted.
+        If they are not of one side, or one is no whole run of its commit.
     """
     first = documents[0]
     for document in documents:
         check_complete(document)
+        check_commits(document)
     for other in documents[1:]:
         if other.run.run_id == first.run.run_id:
             raise ValueError(f"{first.path} and {other.path} are the same run. Name it once.")
@@ -233,12 +247,35 @@ def check_complete(document: Document) -> None:
     Raises
     ------
     ValueError
-        If its gate says so.
+        If an arm failed, or a gate says so.
     """
+    for arm, how in document.run.failed.items():
+        raise ValueError(
+            f"{document.path} did not measure all of {arm} ({how.rstrip('.')}). "
+            "Finish it with --reuse."
+        )
     for gate in document.run.gates:
         if gate.name == "complete" and gate.verdict is not Verdict.PASS:
             raise ValueError(
                 f"{document.path} is of an interrupted run ({gate.reason}). Finish it with --reuse."
+            )
+
+
+def check_commits(document: Document) -> None:
+    """Refuse a run that kept one of our arms from another commit, which it would be judged as.
+
+    Raises
+    ------
+    ValueError
+        If there is one; what controls measure does not depend on our commit.
+    """
+    run = document.run
+    for name, commits in run.commits.items():
+        others = sorted(set(commits) - {run.git.sha})
+        if others and name in run.arms and is_ours(name, run.arms[name]):
+            raise ValueError(
+                f"{document.path} kept {name} of another commit ({', '.join(others)}). "
+                "Measure it again without --reuse."
             )
 
 

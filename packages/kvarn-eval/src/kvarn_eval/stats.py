@@ -226,8 +226,3 @@ def mcnemar(only_reference: int, only_tested: int) -> float:
     total = only_reference + only_tested
     tail = sum(math.comb(total, k) for k in range(min(only_reference, only_tested) + 1))
     return min(1.0, 2 * tail / (1 << total))
-
-
-def items_needed(discordant: float, margin: float) -> int:
-    """Items for 80 % power at one-sided 5 %, given the share of discordant items and a margin."""
-    return math.ceil(6.18 * discordant / margin**2)

@@ -12,7 +12,14 @@ from pathlib import Path
 from typing import Literal
 
 from kvarn_eval.schema import Run, Strict, Verdict, portable_command
-from kvarn_eval.sides import Document, check_complete, check_same_subject, gpus_of, is_accuracy
+from kvarn_eval.sides import (
+    Document,
+    check_commits,
+    check_complete,
+    check_same_subject,
+    gpus_of,
+    is_accuracy,
+)
 
 FOLDER = Path("packages", "kvarn-eval", "baselines")  # of a checkout
 
@@ -86,13 +93,17 @@ def accept(document: Document, folder: Path) -> tuple[Path, Run | None]:
     Raises
     ------
     ValueError
-        If the result cannot be a reference: made of changed sources, interrupted, failed, one of
-        answers, or lacking what the earlier one has.
+        If the result cannot be a reference: made of changed sources or of several commits,
+        interrupted, failed, one of answers, or lacking what the earlier one has.
     """
     run = document.run
     check_complete(document)
+    check_commits(document)
     if run.git.sha is None or run.git.dirty:
-        raise ValueError(f"{document.path} was made of changed or unknown sources. Commit first.")
+        raise ValueError(
+            f"{document.path} was made of changed or unknown sources. Commit first; KVARN_COMMIT "
+            "names the commit of an installed copy."
+        )
     if run.verdict is Verdict.FAIL:
         raise ValueError(f"{document.path} fails its own gates and cannot be a baseline.")
     if any(is_accuracy(m) for m in run.measurements):

@@ -1,8 +1,7 @@
 """Speed and capacity of a model with several caches, one engine after the other.
 
-Each arm is a child process (`engine_bench.py`) that starts vLLM's engine and measures start-up, the
-pool, prefill, decode of an equal batch, decode of as many requests as fit, and bursts. Its figures
-are written one by one, so an arm that fails or takes too long keeps those before, and the others.
+Each arm has a process of its own (`throughput_arm.py`): one that fails or takes too long keeps what
+it has measured, and the others go on.
 
 Weights may be random (``load_format="dummy"``): speed does not depend on their values.
 """
@@ -12,25 +11,30 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import re
-import sys
 import time
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from kvarn_core.testing.throttle import slowdown_us, slowed
 from kvarn_eval.engine_bench import Plan, burst_shape
-from kvarn_eval.schema import Arm, Git, Model, Run, describe_run, find_gpus, git_state, portable
-from kvarn_eval.server import OFFLINE, run_child
+from kvarn_eval.schema import (
+    Arm,
+    Git,
+    Model,
+    Run,
+    cpu_name,
+    describe_run,
+    find_gpus,
+    installed,
+    portable,
+)
+from kvarn_eval.sides import OURS
+from kvarn_eval.throughput_arm import CHILD, earlier, measure_arm
 from kvarn_eval.throughput_gates import REFERENCE, TESTED, gates, limits_of, measurements
 
 if TYPE_CHECKING:
     from collections.abc import Callable
     from pathlib import Path
 
-CHILD = (sys.executable, "-m", "kvarn_eval.engine_bench")
-REPORTED = re.compile(r"KV cache size: ([\d,]+) tokens")
-COMPILED = "Directly load the compiled graph"  # vLLM found what an earlier engine had compiled
 FLASH_ATTENTION = "flash_attn_version"
 # What a result says of the environment: an allow-list, because others hold keys and folders.
 VARIABLES = (
@@ -157,95 +161,25 @@ class Settings:
             bursts=list(self.bursts),
         )
 
+    def variables(self) -> dict[str, str]:
+        """Environment variables of the engines that a result states."""
+        given = {**os.environ, **self.environment}
+        return {name: given[name] for name in VARIABLES if name in given}
+
+    def conditions(self) -> dict[str, str]:
+        """What figures depend on beside the plan and our commit, by name."""
+        packages = {name: x for name, x in installed().items() if not name.startswith(OURS)}
+        gpus = ", ".join(gpu.name for gpu in find_gpus()) or "none"
+        return {"CPU": cpu_name(), "GPUs": gpus, **packages, **self.variables()}
+
     def describe(self, arm: str) -> Arm:
         """The arm as the result states it."""
         plan = self.plan(arm)
         options = [f"{name}={value}" for name, value in sorted(plan.engine.items())]
         if plan.flash_attn_version is not None:
             options.append(f"{FLASH_ATTENTION}={plan.flash_attn_version}")
-        variables = {**os.environ, **self.environment}
-        options += [f"{name}={variables[name]}" for name in VARIABLES if name in variables]
+        options += [f"{name}={value}" for name, value in self.variables().items()]
         return Arm(kv_cache_dtype=self.cache(arm).kv_cache_dtype, options=portable(options))
-
-
-def measure_arm(
-    settings: Settings, arm: str, out: Path, command: tuple[str, ...] = CHILD
-) -> dict[str, Any]:
-    """Run one arm in a child process and write ``arm-<name>.json``.
-
-    Parameters
-    ----------
-    settings : Settings
-        What is compared.
-    arm : str
-        Which arm.
-    out : Path
-        Existing folder for plan, log and figures.
-    command : tuple of str
-        Program that takes a plan file and a result file.
-
-    Returns
-    -------
-    dict
-        Figures of `engine_bench.measure_arm`, with ``reported_tokens`` and ``compiled_before`` (an
-        earlier engine left its compiled graphs) from the engine's log,
-        ``slowdown_us`` of `kvarn_core.testing.throttle`, the GPUs, the plan and the commit. If
-        the child fails or takes too long, those before, and ``failed`` says how.
-
-    Raises
-    ------
-    RuntimeError
-        If that happens before the first figures; the message holds the end of its log.
-    """
-    plan_file, log, raw = out / f"plan-{arm}.json", out / f"engine-{arm}.log", _raw(out, arm)
-    plan = vars(settings.plan(arm))
-    plan_file.write_text(json.dumps(plan, indent=1), encoding="utf-8")
-    raw.unlink(missing_ok=True)
-    environment = {**os.environ, **OFFLINE, **settings.environment}
-    child = [*command, str(plan_file), str(raw)]
-    before = slowdown_us()
-    failed = None
-    try:
-        run_child(f"Arm {arm}", child, log, environment, settings.arm_seconds)
-    except RuntimeError as error:
-        if not raw.exists():
-            raise
-        failed = str(error)
-    found: dict[str, Any] = json.loads(raw.read_text(encoding="utf-8"))
-    if failed:
-        found["failed"] = failed
-    said = log.read_text(encoding="utf-8", errors="replace")
-    sizes = REPORTED.findall(said)
-    found["reported_tokens"] = int(sizes[-1].replace(",", "")) if sizes else None
-    found["compiled_before"] = COMPILED in said
-    found["slowdown_us"] = slowed(before)
-    found["gpus"] = _gpus()
-    found["plan"] = plan
-    found["commit"] = git_state().sha
-    raw.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
-    return found
-
-
-def earlier(settings: Settings, arm: str, out: Path) -> dict[str, Any] | None:
-    """Figures of an arm that an earlier run left in `out`, or None.
-
-    Raises
-    ------
-    ValueError
-        If they were made with another plan or on another machine.
-    """
-    raw = _raw(out, arm)
-    if not raw.exists():
-        return None
-    found: dict[str, Any] = json.loads(raw.read_text(encoding="utf-8"))
-    if "plan" not in found or "failed" in found:
-        return None  # its child ended, its parent did not; or not all was measured
-    if found["plan"] != vars(settings.plan(arm)):
-        raise ValueError(f"{raw} was made with other settings. Remove it or choose another folder.")
-    then, now = ([gpu["name"] for gpu in gpus] for gpus in (found["gpus"], _gpus()))
-    if then != now:
-        raise ValueError(f"{raw} was made on {then or 'no GPU'}; this machine has {now or 'none'}.")
-    return found
 
 
 def run_throughput(
@@ -344,18 +278,20 @@ def assemble(
 
 def _commits(found: dict[str, dict[str, Any]], git: Git) -> dict[str, list[str]]:
     """Those of arms that were measured at another commit than that of this run."""
-    commits = {arm: figures.get("commit") for arm, figures in found.items()}
-    return {arm: [commit] for arm, commit in commits.items() if commit not in (None, git.sha)}
+    named = {arm: _commit(one.get("commit"), one.get("dirty")) for arm, one in found.items()}
+    return {arm: [name] for arm, name in named.items() if name != _commit(git.sha, git.dirty)}
 
 
-def _raw(out: Path, arm: str) -> Path:
-    return out / f"arm-{arm}.json"
-
-
-def _gpus() -> list[dict[str, Any]]:
-    return [gpu.model_dump() for gpu in find_gpus()]
+def _commit(sha: str | None, dirty: bool | None) -> str:
+    return (sha or "unknown") + " with changes" * bool(dirty)
 
 
 def _digest(settings: Settings) -> str:
+    """Hash of the plans, wherever the folders that they name lie."""
     plans = [vars(settings.plan(arm)) for arm in settings.arms]
+    for plan in plans:
+        plan["engine"] = {
+            name: portable([value])[0] if isinstance(value, str) else value
+            for name, value in plan["engine"].items()
+        }
     return hashlib.sha256(json.dumps(plans, sort_keys=True).encode()).hexdigest()
