@@ -7,6 +7,7 @@ from the checkout without their dependencies, so nothing moves unless a lock fil
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import tempfile
 from pathlib import Path
@@ -71,6 +72,15 @@ def install_wheels(session: nox.Session, lock: str) -> None:
             session.run("uv", "build", "--wheel", "--quiet", "-o", folder, str(path), external=True)
         wheels = [str(wheel) for wheel in Path(folder).glob("*.whl")]
         session.install("--no-deps", "--reinstall", *wheels)
+    name_commit(session)
+
+
+def name_commit(session: nox.Session) -> None:
+    """Say in results which commit wheels were built of, unless sources have changed since."""
+    describe = ("git", "describe", "--always", "--abbrev=40", "--exclude=*", "--dirty")
+    said = session.run(*describe, external=True, silent=True, success_codes=[0, 128])
+    if "KVARN_COMMIT" not in os.environ and re.fullmatch("[0-9a-f]{40}", said.strip()):
+        session.env["KVARN_COMMIT"] = said.strip()
 
 
 @nox.session
