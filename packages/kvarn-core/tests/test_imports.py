@@ -18,7 +18,8 @@ FOREIGN = {"vllm", "transformers", "pydantic", "triton", "kvarn_vllm", "kvarn_ev
 SHARED_BY_OPS = {
     f"kvarn_core.{name}"
     for name in (
-        "checks", "dispatch", "exact", "layout", "layout_header", "nvrtc", "rotation", "spec", "variants",
+        "checks", "dispatch", "exact", "layout", "layout_header", "nvrtc", "rotation", "spec",
+        "variants",
     )
 }  # fmt: skip
 
