@@ -12,6 +12,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from kvarn_eval.preflight import Missing
 from kvarn_eval.small_model import corpus, tokenizer
 from kvarn_eval.small_model.evaluate import exact_match
 from kvarn_eval.small_model.headroom import LIMIT, largest_activation, with_headroom
@@ -102,7 +103,7 @@ def test_no_training_text_is_held_out(tmp_path: Path, monkeypatch: pytest.Monkey
 
 def test_missing_sources_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sysconfig, "get_path", lambda name: str(tmp_path))
-    with pytest.raises(RuntimeError, match="The sources of Python or torch are missing"):
+    with pytest.raises(Missing, match="The sources of Python or torch are missing"):
         corpus.training_ids()
 
 
