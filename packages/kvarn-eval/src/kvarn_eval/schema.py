@@ -175,8 +175,9 @@ class Gate(Strict):
 class Run(Strict):
     """One evaluation: what ran where, what came out, and the verdict.
 
-    `commits` names those of arms that were measured at others than `git`, in earlier runs. `failed`
-    says what ended arms, in `arms` or not, before all that was asked for was measured.
+    `commits` names those of arms that were measured at others than `git`, in earlier runs. `texts`
+    are hashes, by profile, of what divergence was measured on. `failed` says what ended arms, in
+    `arms` or not, before all that was asked for was measured.
     """
 
     schema_version: Literal[1] = 1
@@ -191,6 +192,7 @@ class Run(Strict):
     model: Model
     arms: dict[str, Arm]
     commits: dict[str, list[str]] = {}
+    texts: dict[str, str] = {}
     failed: dict[str, str] = {}
     measurements: list[Measurement]
     gates: list[Gate]
