@@ -71,6 +71,17 @@ def test_jobs_require_the_gpus_of_their_runner(name: str) -> None:
     assert labels == {f"gpu-x{found['env']['KVARN_REQUIRE_GPU']}"}
 
 
+def test_artifacts_hold_answers_and_logs_but_no_scores() -> None:
+    def kept(name: str, job: str) -> set[str]:
+        steps = workflow(name)["jobs"][job]["steps"]
+        return set(steps[-1]["with"]["path"].split())
+
+    small = {f"small-model-results/{of}" for of in ("*.*", "*/answers.jsonl", "*/*.log")}
+    assert kept("gpu", "small-model") == small
+    public = {"gate-results/", "!gate-results/**/scores-*.safetensors"}
+    assert kept("gate", "qwen3-32b-tp2") == public
+
+
 def test_each_package_is_published_by_a_job_of_its_own() -> None:
     jobs = workflow("release")["jobs"]
     publishing = {name: job for name, job in jobs.items() if "pypi-publish" in str(job)}

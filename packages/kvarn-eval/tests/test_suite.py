@@ -55,6 +55,22 @@ def test_the_rehearsal_has_every_scenario_and_endpoint_of_the_public_suite() -> 
     assert public.tensor_parallel == rehearsal.tensor_parallel == 2
 
 
+@pytest.mark.parametrize("name", available())
+def test_every_suite_that_scores_texts_limits_the_divergence(name: str) -> None:
+    suite = load_suite(name)
+    bounded = {x.quantity for x in suite.limits if x.arm == suite.tested and x.at_most}
+    if suite.traces:
+        assert bounded >= {f"{profile}.traces.kld_mean" for profile in suite.profiles}
+
+
+def test_small_model_suite_limits_what_both_recipes_lose() -> None:
+    limits = load_suite("small-model").limits
+    for profile in ("plain", "moderate", "large", "tiny"):
+        found = [x for x in limits if x.quantity == f"{profile}.traces.kld_mean"]
+        assert {x.over for x in found} == {"paper", None}, "a lost tile is lost to both"
+        assert f"{profile}.traces.covered" in {x.quantity for x in limits}
+
+
 def test_small_model_suite_serves_every_preset() -> None:
     served = {arm.kv_cache_dtype for arm in load_suite("small-model").arms.values()}
     assert served >= set(PRESETS)

@@ -19,26 +19,15 @@ from kvarn_eval.cli import app
 from kvarn_eval.schema import Model, Run, Unit, Verdict, describe_run, measure
 from kvarn_eval.small_model import SMALL_MODEL
 from kvarn_eval.suite import Limit, load_suite
-from kvarn_eval.suite_arm import Setup, earlier, observe
+from kvarn_eval.suite_arm import Setup, observe
+from kvarn_eval.suite_kept import earlier
 from kvarn_eval.suite_run import assemble, limit_gate, limit_gates, quantises_gates, run_suite
+
+sys.path.insert(0, str(Path(__file__).parent))
+from fake_suite import FAKE_BENCH, FAKE_SERVER, quiet, setup
 
 if TYPE_CHECKING:
     from kvarn_eval.schema import Measurement
-
-HERE = Path(__file__).parent
-FAKE_SERVER = (sys.executable, str(HERE / "fake_server.py"))
-FAKE_BENCH = (sys.executable, str(HERE / "fake_bench.py"))
-
-
-def setup(folder: Path, **more: Any) -> Setup:
-    """The smoke suite without lm-eval, against the stand-in server and load generator."""
-    suite = load_suite("smoke")
-    fields = {"parts": ("capacity", "throughput"), "serve": FAKE_SERVER, "bench": FAKE_BENCH}
-    return Setup(suite, SMALL_MODEL, SMALL_MODEL, folder, **{**fields, **more})
-
-
-def quiet(what: str, done: int, steps: int) -> None:
-    """No progress."""
 
 
 def test_a_suite_runs_from_end_to_end(tmp_path: Path) -> None:
@@ -70,7 +59,7 @@ def test_an_interrupted_suite_goes_on_and_is_not_green_before(tmp_path: Path) ->
     assert "plain kvarn" in next(g.reason for g in partial.gates if g.name == "complete")
     assert earlier(one, "plain", "fp16") == found["plain", "fp16"]
     assert earlier(one, "plain", "kvarn") is None
-    with pytest.raises(ValueError, match="another suite, checkpoint or machine"):
+    with pytest.raises(ValueError, match="was made with other weights"):
         earlier(setup(tmp_path, weights_sha256="1" * 64), "plain", "fp16")
 
 
@@ -99,40 +88,6 @@ def test_an_interrupted_arm_goes_on_at_the_next_scenario(
     assert list(dict.fromkeys(load["scenario"] for load in found["loads"])) == names
     observe(*first)
     assert sent[4:] == names, "nothing is taken unasked"
-
-
-def test_figures_of_another_model_or_other_items_are_not_taken(tmp_path: Path) -> None:
-    one = setup(tmp_path)
-    observe(one, "plain", "fp16", SMALL_MODEL, {}, None, quiet)
-    other = tmp_path / "other"
-    other.mkdir()
-    (other / "config.json").write_text("{}")
-    for changed in ({"model": other}, {"items_sha256": {"recall": "1"}}):
-        with pytest.raises(ValueError, match="another suite, checkpoint or machine"):
-            earlier(dataclasses.replace(one, **changed), "plain", "fp16")
-
-
-def test_a_fresh_run_forgets_the_last_one(tmp_path: Path) -> None:
-    assert run_suite(setup(tmp_path), quiet).verdict is Verdict.PASS
-    broken = setup(tmp_path, serve=(sys.executable, "-c", "raise SystemExit(1)"))
-    with pytest.raises(RuntimeError):
-        run_suite(broken, quiet)
-    assert not (tmp_path / "result.json").exists()
-    with pytest.raises(RuntimeError):
-        run_suite(broken, quiet, reuse=True)
-
-
-def test_a_result_says_at_which_commits_its_arms_were_measured(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("KVARN_COMMIT", "a" * 40)
-    assert run_suite(setup(tmp_path), quiet).commits == {}
-    (tmp_path / "plain-kvarn" / "arm.json").unlink()
-    monkeypatch.setenv("KVARN_COMMIT", "b" * 40)
-    assert run_suite(setup(tmp_path), quiet, reuse=True).commits == {
-        "fp16": ["a" * 40],
-        "kvarn": ["a" * 40, "b" * 40],  # its loads were there already
-    }
 
 
 def test_a_loss_on_any_profile_fails(tmp_path: Path) -> None:
@@ -323,6 +278,13 @@ def test_a_cached_load_without_hits_is_invalid(name: str, tmp_path: Path) -> Non
     verdicts = {g.name: g.verdict for g in run.gates}
     assert verdicts[f"{name}.valid.kvarn"] is Verdict.FAIL
     assert run.verdict is Verdict.FAIL
+
+
+def test_texts_are_scored_in_chunks_of_one_tile_of_the_arm(tmp_path: Path) -> None:
+    one = dataclasses.replace(setup(tmp_path), suite=load_suite("small-model"))
+    for arm, served in one.suite.arms.items():
+        chunk = one.scoring_options(arm)["long-prefill-token-threshold"]
+        assert chunk == (64 if served.kv_cache_dtype.endswith("_g64") else 128), arm
 
 
 def test_only_servers_whose_answers_are_read_parse_reasoning(tmp_path: Path) -> None:

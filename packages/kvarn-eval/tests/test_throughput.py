@@ -178,7 +178,7 @@ def test_the_commit_of_a_reused_arm_is_named(
 
 @pytest.mark.parametrize(
     ("changed", "named"),
-    [({"commit": None}, "unknown"), ({"dirty": True}, "now with changes"), ({}, None)],
+    [({"commit": None}, "unknown"), ({"commit": "now-dirty"}, "now-dirty"), ({}, None)],
 )
 def test_a_reused_arm_of_other_sources_is_not_judged_as_this_commit(
     tmp_path: Path,

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from kvarn_eval.server import Server
 
 MIN_SHARE_READING_RECORDS = 0.5
-_SPARE_TOKENS = 8  # room for an answer that rambles, so that it ends as wrong and not as truncated
+SPARE_TOKENS = 8  # room for an answer that rambles, so that it ends as wrong and not as truncated
 
 
 @dataclass(frozen=True)
@@ -64,7 +64,7 @@ def ask(server: Server, item: tasks.Item) -> Answer:
     body = {
         "model": server.model,
         "prompt": item.prompt,
-        "max_tokens": item.answer_tokens + _SPARE_TOKENS,
+        "max_tokens": item.answer_tokens + SPARE_TOKENS,
         "temperature": 0,
     }
     result = server.post("/v1/completions", body)

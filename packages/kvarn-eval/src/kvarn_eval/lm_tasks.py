@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from kvarn_eval.accuracy import SPARE_TOKENS
 from kvarn_eval.server import OFFLINE, read_metrics, run_child, total
 from kvarn_eval.small_model import tasks as families
 
@@ -30,8 +31,6 @@ CHILD = (sys.executable, "-m", "kvarn_eval.lm_child")
 HELD_OUT_SEED = 200_000
 """Of the first held-out item of a family; demo and texts use smaller ones."""
 
-MIN_SHARE_READING_RECORDS = 0.5
-_SPARE_TOKENS = 8  # an answer that rambles ends as wrong
 _CHAT_TOKENS = 256  # room for a chat template
 _SECONDS = 7200.0
 _COUNTERS = {
@@ -141,7 +140,7 @@ def write_family(task: Task, folder: Path) -> None:
             "until": [],
             "do_sample": False,
             "temperature": 0.0,
-            "max_gen_toks": max(item.answer_tokens for item in items) + _SPARE_TOKENS,
+            "max_gen_toks": max(item.answer_tokens for item in items) + SPARE_TOKENS,
         },
         "filter_list": [
             {

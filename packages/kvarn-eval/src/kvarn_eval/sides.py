@@ -25,6 +25,7 @@ from kvarn_eval.schema import (
     Verdict,
     measure,
 )
+from kvarn_eval.sources import sources
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -271,7 +272,7 @@ def check_commits(document: Document) -> None:
     """
     run = document.run
     for name, commits in run.commits.items():
-        others = sorted(set(commits) - {run.git.sha})
+        others = sorted(set(commits) - {sources(run.git)})
         if others and name in run.arms and is_ours(name, run.arms[name]):
             raise ValueError(
                 f"{document.path} kept {name} of another commit ({', '.join(others)}). "

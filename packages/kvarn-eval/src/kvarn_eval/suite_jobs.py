@@ -15,7 +15,8 @@ import torch
 from kvarn_eval.emulated import run_emulated
 from kvarn_eval.preflight import ACCURACY
 from kvarn_eval.server import end_children
-from kvarn_eval.suite_arm import Setup, earlier, keep, observe, with_profile
+from kvarn_eval.suite_arm import Setup, observe, with_profile
+from kvarn_eval.suite_kept import earlier, keep
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator

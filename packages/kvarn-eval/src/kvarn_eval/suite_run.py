@@ -27,9 +27,10 @@ from kvarn_eval.schema import (
     measure,
     portable,
 )
-from kvarn_eval.suite import command_line
-from kvarn_eval.suite_arm import Setup, forget, head_dim
+from kvarn_eval.sources import sources
+from kvarn_eval.suite_arm import Setup, head_dim
 from kvarn_eval.suite_jobs import EMULATED, observe_all
+from kvarn_eval.suite_kept import forget
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection
@@ -152,7 +153,7 @@ def assemble(
     described = {
         arm: Arm(
             kv_cache_dtype=suite.arms[arm].kv_cache_dtype,
-            options=portable(command_line(setup.options(arm))),
+            options=portable(setup.description(arm)),
         )
         for arm in suite.arms
         if arm in arms and any(m.arm == arm for m in measured)
@@ -181,6 +182,7 @@ def assemble(
             "seconds": round(seconds, 1),
             "arms": described,
             "commits": _commits(found, header["git"]),
+            "texts": {p: sha for p in suite.profiles if (sha := setup.texts_sha256(p))},
             "measurements": measured,
             "gates": rules,
         }
@@ -192,8 +194,8 @@ def _commits(found: Found, git: Any) -> dict[str, list[str]]:
     result: dict[str, set[str]] = {}
     for (_, arm), figures in found.items():
         of = [figures.get("commit"), *(load.get("commit") for load in figures["loads"])]
-        result.setdefault(arm, set()).update(commit for commit in of if commit)
-    return {arm: sorted(of) for arm, of in result.items() if of - {git.sha}}
+        result.setdefault(arm, set()).update(name for name in of if name)
+    return {arm: sorted(of) for arm, of in result.items() if of - {sources(git)}}
 
 
 def _measure(setup: Setup, profile: str, arm: str, figures: dict[str, Any]) -> list[Measurement]:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from kvarn_eval.lm_tasks import MIN_SHARE_READING_RECORDS
+from kvarn_eval.accuracy import MIN_SHARE_READING_RECORDS
 from kvarn_eval.schema import Gate, Measurement, Unit, Verdict, measure
 from kvarn_eval.stats import mcnemar, non_inferiority, ratio_samples, score_interval
 

@@ -28,6 +28,7 @@ from kvarn_eval.schema import (
     portable,
 )
 from kvarn_eval.sides import OURS
+from kvarn_eval.sources import sources
 from kvarn_eval.throughput_arm import CHILD, earlier, measure_arm
 from kvarn_eval.throughput_gates import REFERENCE, TESTED, gates, limits_of, measurements
 
@@ -278,12 +279,8 @@ def assemble(
 
 def _commits(found: dict[str, dict[str, Any]], git: Git) -> dict[str, list[str]]:
     """Those of arms that were measured at another commit than that of this run."""
-    named = {arm: _commit(one.get("commit"), one.get("dirty")) for arm, one in found.items()}
-    return {arm: [name] for arm, name in named.items() if name != _commit(git.sha, git.dirty)}
-
-
-def _commit(sha: str | None, dirty: bool | None) -> str:
-    return (sha or "unknown") + " with changes" * bool(dirty)
+    named = {arm: one.get("commit") or "unknown" for arm, one in found.items()}
+    return {arm: [name] for arm, name in named.items() if name != sources(git)}
 
 
 def _digest(settings: Settings) -> str:

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 from kvarn_core.testing.throttle import slowdown_us, slowed
 from kvarn_eval.schema import find_gpus, git_state
 from kvarn_eval.server import OFFLINE, run_child
+from kvarn_eval.sources import sources
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -48,9 +49,8 @@ def measure_arm(
     dict
         Figures of `engine_bench.measure_arm`, with ``reported_tokens`` and ``compiled_before`` (an
         earlier engine left its compiled graphs) from the engine's log,
-        ``slowdown_us`` of `kvarn_core.testing.throttle`, the GPUs, the plan, the conditions, the
-        commit and whether sources had changed since. If the child fails or takes too long, those
-        before, and ``failed`` says how.
+        ``slowdown_us`` of `kvarn_core.testing.throttle`, the GPUs, the plan, the conditions and
+        the commit. If the child fails or takes too long, those before, and ``failed`` says how.
 
     Raises
     ------
@@ -82,8 +82,7 @@ def measure_arm(
     found["gpus"] = [gpu.model_dump() for gpu in find_gpus()]
     found["plan"] = plan
     found["conditions"] = settings.conditions()
-    git = git_state()
-    found["commit"], found["dirty"] = git.sha, git.dirty
+    found["commit"] = sources(git_state())
     raw.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
     return found
 
