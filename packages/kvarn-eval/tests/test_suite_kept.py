@@ -16,6 +16,7 @@ from kvarn_eval.suite import Traces
 from kvarn_eval.suite_arm import Setup, observe
 from kvarn_eval.suite_kept import earlier
 from kvarn_eval.suite_run import run_suite
+from kvarn_eval.throughput import VARIABLES
 
 sys.path.insert(0, str(Path(__file__).parent))
 from fake_suite import quiet, setup
@@ -99,6 +100,8 @@ def test_without_texts_a_result_names_none(tmp_path: Path) -> None:
 def test_variables_of_a_server_are_named_and_decide(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    for name in VARIABLES:
+        monkeypatch.delenv(name, raising=False)
     one = setup(tmp_path, parts=("capacity",))
     monkeypatch.setenv("VLLM_NO_USAGE_STATS", "1")  # every server has it
     before = run_suite(one, quiet).arms["kvarn"].options
