@@ -9,8 +9,6 @@ import hashlib
 import json
 from typing import TYPE_CHECKING, Any
 
-from safetensors import SafetensorError, safe_open
-
 if TYPE_CHECKING:
     from pathlib import Path
 
@@ -108,6 +106,8 @@ def check_model(folder: Path, load_format: str) -> dict[str, Any]:
 
 def _check_weights(file: Path) -> None:
     """Read the header, which says how long a file of weights is."""
+    from safetensors import SafetensorError, safe_open
+
     try:
         with safe_open(file, framework="pt"):
             pass
