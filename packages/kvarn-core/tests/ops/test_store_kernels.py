@@ -348,22 +348,25 @@ def test_strides_that_kernels_cannot_read_are_refused(target: Target) -> None:
         seal(key, value, cache, table, where[0].to("meta"), where[1], **common)
 
 
-@pytest.mark.parametrize("wrong", range(3))
-def test_lists_that_kernels_cannot_read_are_refused(target: Target, wrong: int) -> None:
+@pytest.mark.parametrize("name", ["page_table", "seq_lens", "cu_seqlens_q"])
+def test_lists_that_kernels_cannot_read_are_refused(target: Target, name: str) -> None:
     paging = allocate(SMALL, [100, 50])
     key, value = (x.to(target[1]) for x in _rows(10))
-    lists = [paging.page_table, *(torch.tensor(x).int() for x in ([10, 5], [0, 5, 10]))]
-    tensors = [x.to(target[1]) for x in (paging.cache, *lists)]
-    given = tensors[wrong + 1]
+    lists = {
+        "page_table": paging.page_table,
+        "seq_lens": torch.tensor([10, 5]).int(),
+        "cu_seqlens_q": torch.tensor([0, 5, 10]).int(),
+    }
+    lists = {what: x.to(target[1]) for what, x in lists.items()}
+    cache = paging.cache.to(target[1])
     options: dict[str, Any] = {"layout": SMALL, "engine": target[0], "max_query_len": 5}
-    tensors[wrong + 1] = given.repeat_interleave(2, -1)[..., ::2]
-    for op in (write_sink, seal, append):
-        with pytest.raises(ValueError, match=r"^\w+ has strides .* Pass it contiguous\.$"):
-            op(key, value, *tensors, **options)
-    tensors[wrong + 1] = given.long()
-    for op in (write_sink, seal, append):
-        with pytest.raises(ValueError, match=r"^\w+ has dtype torch.int64 .* Pass int32 "):
-            op(key, value, *tensors, **options)
+    for wrong, message in (
+        (lists[name].repeat_interleave(2, -1)[..., ::2], r"strides .* Pass it contiguous\.$"),
+        (lists[name].long(), "dtype torch.int64 .* Pass int32 "),
+    ):
+        for op in (write_sink, seal, append):
+            with pytest.raises(ValueError, match=f"^{name} has {message}"):
+                op(key, value, cache, **{**lists, name: wrong}, **options)
 
 
 @pytest.mark.emulate

@@ -75,7 +75,7 @@ def decode(
     Raises
     ------
     ValueError
-        If a shape or dtype disagrees with `layout` or with `cache`, `workspace` is too small, or a
+        If a shape or dtype disagrees with `layout` or with `cache`, `workspace` does not fit, or a
         kernel could not read or write a tensor where it lies. The message names the argument.
 
     Notes

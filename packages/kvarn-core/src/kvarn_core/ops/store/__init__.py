@@ -53,7 +53,7 @@ def write_sink(
     Raises
     ------
     ValueError
-        If a shape disagrees with `layout`; the message names the argument.
+        If a shape, dtype or stride does not fit; the message names the argument.
     """
     inputs = key, value, cache, page_table, seq_lens, cu_seqlens_q
     options: Options = {"layout": layout, "max_query_len": max_query_len, "engine": engine}
@@ -108,7 +108,7 @@ def seal(
     Raises
     ------
     ValueError
-        If a shape disagrees with `layout`; the message names the argument.
+        If a shape, dtype or stride does not fit; the message names the argument.
 
     Notes
     -----
@@ -151,7 +151,7 @@ def append(
     Raises
     ------
     ValueError
-        If a shape disagrees with `layout`; the message names the argument.
+        If a shape, dtype or stride does not fit; the message names the argument.
     """
     inputs = key, value, cache, page_table, seq_lens, cu_seqlens_q
     options: Options = {"layout": layout, "max_query_len": max_query_len, "engine": engine}
